@@ -1,0 +1,70 @@
+"""The family of methods: a recipe of parameters, sigma and loss terms. One file per family member."""
+
+from typing import NamedTuple
+
+import param
+import torch
+from torch import Generator, Tensor
+from torch.nn.functional import normalize
+
+from sdl_explorer.data.anchors import Pins
+from sdl_explorer.models.dictionary import Encoding, Nonlinearity, SparseDictionary
+
+
+class Context(NamedTuple):
+    """What a loss term may read besides the batch."""
+
+    step: int
+    samples_since_fired: Tensor
+    pins: Pins | None
+    generator: Generator
+
+
+class Method(param.Parameterized):
+    """Parameters + sigma + loss terms. Abstract; a concrete method is final and callable with no argument.
+
+    `tuned` names the settings that sigma carries too: a change of one reaches a live model by `retune`.
+    """
+
+    __abstract = True
+
+    homogeneous = False  # sigma(a z) = a sigma(z) for a > 0
+    masks_only = True  # sigma(z)_i in {0, z_i}
+    tuned: tuple[str, ...] = ()
+
+    unit_norm = param.Boolean(False, doc="Keep decoder rows at norm 1 and project their gradient onto the sphere.")
+
+    def build(self, d_in: int, d_out: int, n_latents: int, generator: Generator) -> SparseDictionary:
+        """Random unit decoder rows; the encoder starts as the decoder where both have one width."""
+        if n_latents < 1:
+            raise ValueError(f"{type(self).__name__}: n_latents is {n_latents}; a dictionary needs at least one latent.")
+        W_dec = normalize(torch.randn(n_latents, d_out, generator=generator), dim=1)
+        W_enc = W_dec.clone() if d_in == d_out else normalize(torch.randn(n_latents, d_in, generator=generator), dim=1)
+        return SparseDictionary(W_enc, W_dec, nonlinearity=self.nonlinearity(n_latents))
+
+    def nonlinearity(self, n_latents: int) -> Nonlinearity:
+        raise TypeError(f"{type(self).__name__} has no nonlinearity(); a Method needs one.")
+
+    def retune(self, nonlinearity: Nonlinearity) -> None:
+        """Carry changed settings into a live sigma."""
+        for name in self.tuned:
+            setattr(nonlinearity, name, getattr(self, name))
+
+    def objective(self, dictionary: SparseDictionary, encoding: Encoding, batch, context: Context) -> dict[str, Tensor]:
+        """Named, weighted terms; their sum is what training descends."""
+        raise TypeError(f"{type(self).__name__} has no objective(); a Method needs one.")
+
+    def constrain_gradients(self, dictionary: SparseDictionary) -> None:
+        """no_grad, between backward and the optimiser: with `unit_norm`, drop the part along each decoder row."""
+        if self.unit_norm and dictionary.W_dec.grad is not None:
+            rows, grad = normalize(dictionary.W_dec, dim=1), dictionary.W_dec.grad
+            grad -= (grad * rows).sum(dim=1, keepdim=True) * rows
+
+    def after_step(self, dictionary: SparseDictionary, encoding: Encoding, context: Context) -> None:
+        """no_grad: norm constraint, threshold average, schedules."""
+        if self.unit_norm:
+            dictionary.W_dec.copy_(normalize(dictionary.W_dec, dim=1))
+
+    def __repr__(self) -> str:
+        changed = ", ".join(f"{k}={v!r}" for k, v in self.param.values(onlychanged=True).items() if k != "name")
+        return f"{type(self).__name__}({changed})"

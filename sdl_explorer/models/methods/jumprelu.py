@@ -1,0 +1,93 @@
+"""JumpReLU with a step (L0) penalty and rectangle straight-through gradients (Rajamanoharan et al. 2024b)."""
+
+import param
+import torch
+from torch import Tensor, nn
+
+from sdl_explorer.models.dictionary import Nonlinearity
+from sdl_explorer.models.methods.base import Method
+from sdl_explorer.models.terms import squared_error
+
+
+class _Jump(torch.autograd.Function):
+    """z = pre * H(pre - theta); d z / d theta = -(theta / bandwidth) K((pre - theta) / bandwidth)."""
+
+    @staticmethod
+    def forward(ctx, pre, threshold, bandwidth):
+        ctx.save_for_backward(pre, threshold)
+        ctx.bandwidth = bandwidth
+        return pre * (pre > threshold)
+
+    @staticmethod
+    def backward(ctx, grad):
+        pre, threshold = ctx.saved_tensors
+        edge = _rectangle(pre - threshold, ctx.bandwidth)
+        return grad * (pre > threshold), -(grad * edge * threshold).sum(dim=0), None
+
+
+class _Step(torch.autograd.Function):
+    """H(pre - theta); d / d theta = -(1 / bandwidth) K((pre - theta) / bandwidth), none for pre."""
+
+    @staticmethod
+    def forward(ctx, pre, threshold, bandwidth):
+        ctx.save_for_backward(pre, threshold)
+        ctx.bandwidth = bandwidth
+        return (pre > threshold).to(pre.dtype)
+
+    @staticmethod
+    def backward(ctx, grad):
+        pre, threshold = ctx.saved_tensors
+        return None, -(grad * _rectangle(pre - threshold, ctx.bandwidth)).sum(dim=0), None
+
+
+def _rectangle(distance: Tensor, bandwidth: float) -> Tensor:
+    return (distance.abs() < bandwidth / 2).to(distance.dtype) / bandwidth
+
+
+class JumpRectified(Nonlinearity):
+    """z_i = pre_i if pre_i > threshold_i else 0, threshold >= 0."""
+
+    masks_only = True
+
+    def __init__(self, n_latents: int, bandwidth: float = 1e-3):
+        super().__init__()
+        self.bandwidth = float(bandwidth)
+        self.threshold = nn.Parameter(torch.zeros(int(n_latents)))
+
+    def settings(self):
+        return {"n_latents": len(self.threshold), "bandwidth": self.bandwidth}
+
+    def forward(self, pre: Tensor, *, inputs, dictionary) -> Tensor:
+        return _Jump.apply(pre, self.threshold, self.bandwidth)
+
+    def active(self, pre: Tensor) -> Tensor:
+        """H(pre - theta), with the straight-through gradient to theta."""
+        return _Step.apply(pre, self.threshold, self.bandwidth)
+
+
+class JumpReLU(Method):
+    """loss = mean |x_r - recon|^2 + l0 * mean sum_i H(pre_i - theta_i).
+
+    With `l0_target` the penalty is l0 * (L0 / l0_target - 1)^2 instead, which holds L0 there.
+    """
+
+    tuned = ("bandwidth",)
+    l0 = param.Number(0.1, bounds=(0, None), doc="Weight of the L0 penalty.")
+    l0_target = param.Number(None, bounds=(0, None), inclusive_bounds=(False, True), allow_None=True, doc="Hold L0 here; None: penalise L0 itself.")
+    bandwidth = param.Number(1e-3, bounds=(0, None), inclusive_bounds=(False, True), doc="Width of the straight-through rectangle.")
+    threshold = param.Number(1e-3, bounds=(0, None), inclusive_bounds=(False, True), doc="Threshold at the start.")
+
+    def nonlinearity(self, n_latents):
+        sigma = JumpRectified(n_latents, self.bandwidth)
+        with torch.no_grad():
+            sigma.threshold.fill_(self.threshold)
+        return sigma
+
+    def objective(self, dictionary, encoding, batch, context):
+        l0 = dictionary.nonlinearity.active(encoding.pre).sum(dim=1).mean()
+        penalty = l0 if self.l0_target is None else (l0 / self.l0_target - 1).square()
+        return {"error": squared_error(encoding.reconstruction, batch.targets), "l0": self.l0 * penalty}
+
+    def after_step(self, dictionary, encoding, context):
+        super().after_step(dictionary, encoding, context)
+        dictionary.nonlinearity.threshold.clamp_(min=0)

@@ -1,0 +1,101 @@
+"""TopK (Makhzani & Frey 2014; Gao et al. 2024) and BatchTopK (Bussmann et al. 2024)."""
+
+import param
+import torch
+from torch import Tensor
+
+from sdl_explorer.models.dictionary import Latents, Nonlinearity
+from sdl_explorer.models.methods.base import Method
+from sdl_explorer.models.terms import squared_error
+
+
+class TopKSelection(Nonlinearity):
+    """Keep the k largest pre-activations of each row, then ReLU."""
+
+    homogeneous = True
+    masks_only = True
+
+    def __init__(self, k: int):
+        super().__init__()
+        self.k = int(k)
+
+    def settings(self):
+        return {"k": self.k}
+
+    def forward(self, pre: Tensor, *, inputs, dictionary) -> Latents:
+        values, indices = pre.topk(self.k, dim=1, sorted=False)
+        return Latents.rows_of(values.relu(), indices, pre.shape[1])
+
+
+class BatchTopKSelection(Nonlinearity):
+    """Training: keep the k*n largest of the whole batch. Eval: keep z > threshold, the running mean over
+    batches of the smallest positive value kept."""
+
+    masks_only = True
+
+    def __init__(self, k: int):
+        super().__init__()
+        self.k = int(k)
+        self.register_buffer("threshold", torch.zeros(()))
+        self.register_buffer("n_averaged", torch.zeros((), dtype=torch.int64))
+
+    def settings(self):
+        return {"k": self.k}
+
+    def forward(self, pre: Tensor, *, inputs, dictionary) -> Tensor:
+        codes = pre.relu()
+        if not self.training:
+            return codes * (codes > self.threshold)
+        n_kept = min(self.k * len(pre), codes.numel())
+        kept = codes.flatten().topk(n_kept, sorted=False).indices
+        mask = torch.zeros(codes.numel(), dtype=torch.bool, device=codes.device).index_fill(0, kept, True)
+        return codes * mask.view_as(codes)
+
+    @torch.no_grad()
+    def average(self, codes: Tensor, rate: float) -> None:
+        """Fold a batch's smallest positive value into the threshold; the first batch sets it."""
+        smallest = torch.where(codes > 0, codes, torch.inf).amin()
+        rate = torch.where(self.n_averaged == 0, 1.0, rate)
+        moved = self.threshold + rate * (smallest - self.threshold)
+        self.threshold.copy_(torch.where(smallest.isfinite(), moved, self.threshold))
+        self.n_averaged += smallest.isfinite()
+
+
+class _Top(Method):
+    """What both share: k, unit decoder rows, and the squared error alone."""
+
+    __abstract = True
+
+    tuned = ("k",)
+    k = param.Integer(32, bounds=(1, None), doc="Latents kept per row (on average per row in BatchTopK).")
+    unit_norm = param.Boolean(True)
+
+    def build(self, d_in, d_out, n_latents, generator):
+        if self.k > n_latents:
+            raise ValueError(f"{type(self).__name__}: k is {self.k} and n_latents {n_latents}; k can be at most n_latents.")
+        return super().build(d_in, d_out, n_latents, generator)
+
+    def objective(self, dictionary, encoding, batch, context):
+        return {"error": squared_error(encoding.reconstruction, batch.targets)}
+
+
+class TopK(_Top):
+    """z = ReLU(top-k of W_enc x + b_enc); loss mean |x_r - recon|^2."""
+
+    homogeneous = True
+
+    def nonlinearity(self, n_latents):
+        return TopKSelection(self.k)
+
+
+class BatchTopK(_Top):
+    """z keeps the k*n largest of a batch of n; at inference one threshold, so L0 is k on average."""
+
+    threshold_rate = param.Number(0.01, bounds=(0, 1), doc="Weight of a new batch in the running threshold.")
+
+    def nonlinearity(self, n_latents):
+        return BatchTopKSelection(self.k)
+
+    def after_step(self, dictionary, encoding, context):
+        super().after_step(dictionary, encoding, context)
+        dictionary.nonlinearity.average(encoding.latents.values.detach(), self.threshold_rate)
