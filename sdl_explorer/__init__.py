@@ -1,0 +1,40 @@
+"""Train, diagnose and repair sparse dictionaries: SAEs, transcoders and crosscoders.
+
+The public names load when they are first used, so `import sdl_explorer` costs nothing: no torch, and
+never panel, holoviews or bokeh unless the explorer itself is asked for.
+"""
+
+from importlib import import_module
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "sdl_explorer.data.activations": ("Activations", "Truth"),
+    "sdl_explorer.data.anchors": ("Anchors",),
+    "sdl_explorer.data.bench": ("LinearBench",),
+    "sdl_explorer.data.hierarchy": ("HierarchyBench",),
+    "sdl_explorer.data.store": ("Stored",),
+    "sdl_explorer.data.capture": ("capture",),
+    "sdl_explorer.models.dictionary": ("SparseDictionary",),
+    "sdl_explorer.models.methods": ("BatchTopK", "JumpReLU", "ReLU", "TopK"),
+    "sdl_explorer.training.interventions": ("Anchor", "Release", "Resample"),
+    "sdl_explorer.diagnosis.health": ("check_health",),
+    "sdl_explorer.diagnosis.alignment": ("align",),
+    "sdl_explorer.diagnosis.examples": ("find_examples",),
+    "sdl_explorer.session": ("Session",),
+    "sdl_explorer.app.explorer": ("Explorer", "explore"),
+}
+_HOME = {name: module for module, names in _HOMES.items() for name in names}
+
+__all__ = ["__version__", *sorted(_HOME)]
+
+
+def __getattr__(name: str):
+    if name not in _HOME:
+        raise AttributeError(f"module 'sdl_explorer' has no attribute {name!r}; it has {', '.join(sorted(_HOME))}.")
+    value = globals()[name] = getattr(import_module(_HOME[name]), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOME})
