@@ -1,6 +1,7 @@
 """Directions that we are told (`Anchors`), and which latents are held to them (`Pins`)."""
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -105,6 +106,10 @@ class Pins:
 
     def __len__(self) -> int:
         return len(self.latents)
+
+    @cached_property
+    def any_hard(self) -> bool:
+        return bool(self.hard.any())
 
     def without(self, latents) -> "Pins | None":
         """The pins of all other latents; None when none is left."""

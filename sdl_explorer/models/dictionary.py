@@ -80,9 +80,7 @@ class Latents:
         """Which latents are above zero in some row, bool (n_latents,)."""
         if not self.is_sparse:
             return (self.values > 0).any(dim=0)
-        fired = torch.zeros(self.n_latents, dtype=torch.bool, device=self.values.device)
-        fired[self.indices[self.values > 0]] = True
-        return fired
+        return self.values.new_zeros(self.n_latents).scatter_reduce_(0, self.indices, self.values, "amax") > 0
 
     def detach(self) -> "Latents":
         return Latents(self.values.detach(), self.indices, self.offsets, self.n_latents)

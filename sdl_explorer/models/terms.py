@@ -25,8 +25,7 @@ def weighted_l1(latents: Latents, dictionary: SparseDictionary) -> Tensor:
 
 def anchor_distance(dictionary: SparseDictionary, pins: Pins) -> Tensor:
     """sum_j weight_j (|W_enc_j - a_j|^2 + |W_dec_j - b_j|^2), plain sums of squares (arXiv 2512.05534, eq. 26)."""
-    soft = ~pins.hard
-    latents, weight = pins.latents[soft], pins.weight[soft]
-    encoder = (dictionary.W_enc[latents] - pins.anchors.inputs[soft]).square().sum(dim=1)
-    decoder = (dictionary.W_dec[latents] - pins.anchors.targets[soft]).square().sum(dim=1)
+    weight = pins.weight * ~pins.hard
+    encoder = (dictionary.W_enc[pins.latents] - pins.anchors.inputs).square().sum(dim=1)
+    decoder = (dictionary.W_dec[pins.latents] - pins.anchors.targets).square().sum(dim=1)
     return torch.dot(weight, encoder + decoder)

@@ -68,3 +68,5 @@ class Method(param.Parameterized):
     def __repr__(self) -> str:
         changed = ", ".join(f"{k}={v!r}" for k, v in self.param.values(onlychanged=True).items() if k != "name")
         return f"{type(self).__name__}({changed})"
+
+    __str__ = __repr__

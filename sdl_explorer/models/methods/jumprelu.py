@@ -73,7 +73,9 @@ class JumpReLU(Method):
 
     tuned = ("bandwidth",)
     l0 = param.Number(0.1, bounds=(0, None), doc="Weight of the L0 penalty.")
-    l0_target = param.Number(None, bounds=(0, None), inclusive_bounds=(False, True), allow_None=True, doc="Hold L0 here; None: penalise L0 itself.")
+    l0_target = param.Number(
+        None, bounds=(0, None), inclusive_bounds=(False, True), allow_None=True, doc="Hold L0 here; None: penalise L0 itself."
+    )
     bandwidth = param.Number(1e-3, bounds=(0, None), inclusive_bounds=(False, True), doc="Width of the straight-through rectangle.")
     threshold = param.Number(1e-3, bounds=(0, None), inclusive_bounds=(False, True), doc="Threshold at the start.")
 

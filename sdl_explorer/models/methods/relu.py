@@ -33,7 +33,9 @@ class ReLU(Method):
     homogeneous = True
 
     l1 = param.Number(0.1, bounds=(0, None), doc="Weight of the L1 penalty.")
-    l0_target = param.Number(None, bounds=(0, None), inclusive_bounds=(False, True), allow_None=True, doc="Hold L0 here by scaling l1; None: leave l1 alone.")
+    l0_target = param.Number(
+        None, bounds=(0, None), inclusive_bounds=(False, True), allow_None=True, doc="Hold L0 here by scaling l1; None: leave l1 alone."
+    )
     l0_rate = param.Number(0.01, bounds=(0, 1), doc="How fast the penalty follows l0_target.")
 
     def nonlinearity(self, n_latents):

@@ -1,0 +1,92 @@
+"""The training loop, a generator of `Step`s: whoever drains it owns the clock."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from sdl_explorer.data.sources import Source, stream
+from sdl_explorer.models.methods import Context, Method
+from sdl_explorer.models.terms import anchor_distance
+from sdl_explorer.training.state import Step, TrainState
+
+
+def train(state: TrainState, method: Method, source: Source, *, batch_size: int, order: int = 0, only=None) -> Iterator[Step]:
+    """Go on from `state.step`, in place, one step for each `next()`.
+
+    The step's batch is `source.batch(state.step, batch_size, order)`, so stopping and going on changes
+    nothing. `only` names latents: every other row, `b_dec`, and their optimiser moments stay bit-identical.
+    """
+    while True:
+        yield _take_step(state, method, source, batch_size, order, only)
+
+
+def _take_step(state: TrainState, method: Method, source: Source, batch_size: int, order: int, only) -> Step:
+    began = time.perf_counter()
+    dictionary = state.dictionary.train()
+    batch = source.batch(state.step, batch_size, order).to(dictionary.device)
+    context = Context(state.step, state.samples_since_fired, state.pins, stream(state.seed, "step", state.step))
+
+    encoding = dictionary(batch.inputs)
+    losses = method.objective(dictionary, encoding, batch, context)
+    if state.pins is not None:
+        losses["anchor"] = anchor_distance(dictionary, state.pins)
+    state.optimiser.zero_grad(set_to_none=True)
+    torch.stack(list(losses.values())).sum().backward()
+
+    with torch.no_grad():
+        for group in state.optimiser.param_groups:
+            group["lr"] = state.schedule.rate(state.step)
+        with _holding(state, only):
+            method.constrain_gradients(dictionary)
+            state.optimiser.step()
+            method.after_step(dictionary, encoding, context)
+        fired = encoding.latents.fired()
+        state.samples_since_fired = torch.where(fired, 0, state.samples_since_fired + len(batch))
+        l0, dead = encoding.latents.l0, state.dead.sum()
+    state.step += 1
+    detached = {name: loss.detach() for name, loss in losses.items()}
+    return Step(state.step - 1, detached, l0, dead, time.perf_counter() - began)
+
+
+@contextmanager
+def _holding(state: TrainState, only) -> Iterator[None]:
+    """Put rows that may not move back after the update: all but `only`, and hard pins."""
+    held = _held_rows(state, only)
+    if held is None:
+        yield
+        return
+    rows = state.row_parameters()
+    before = [(tensor, tensor.clone()) for p in rows for tensor in (p, *state.moments(p))]
+    known = {id(tensor) for tensor, _ in before}
+    others = _other_tensors(state, rows) if only is not None else []
+    fixed = [(tensor, tensor.clone()) for tensor in others]
+    yield
+    born = [m for p in rows for m in state.moments(p) if id(m) not in known]
+    for tensor, kept in before + [(m, torch.zeros_like(m)) for m in born]:
+        mask = held.view(-1, *[1] * (tensor.ndim - 1))
+        tensor.copy_(torch.where(mask, kept, tensor))
+    for tensor, kept in fixed:
+        tensor.copy_(kept)
+
+
+def _held_rows(state: TrainState, only) -> Tensor | None:
+    hard = state.pins is not None and state.pins.any_hard
+    if only is None and not hard:
+        return None
+    held = torch.zeros_like(state.samples_since_fired, dtype=torch.bool)
+    if only is not None:
+        held.fill_(True)[torch.as_tensor(only, device=held.device)] = False
+    if hard:
+        held[state.pins.latents] |= state.pins.hard
+    return held
+
+
+def _other_tensors(state: TrainState, rows: list[Parameter]) -> list[Tensor]:
+    """Parameters, moments and buffers that belong to no single latent."""
+    mine = {id(p) for p in rows}
+    parameters = [p for p in state.dictionary.parameters() if id(p) not in mine]
+    return [t for p in parameters for t in (p, *state.moments(p))] + list(state.dictionary.buffers())
