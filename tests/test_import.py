@@ -41,5 +41,5 @@ def test_contract_names_are_exported():
 
 
 def test_unknown_name_lists_the_known_ones():
-    with pytest.raises(AttributeError, match="no attribute 'align_all'.*LinearBench"):
+    with pytest.raises(AttributeError, match=r"no attribute 'align_all'.*LinearBench"):
         _ = sdl_explorer.align_all
