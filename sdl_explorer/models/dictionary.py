@@ -157,6 +157,7 @@ class SparseDictionary(nn.Module):
             nonlinearity = Rectified()
         self.nonlinearity = nonlinearity if isinstance(nonlinearity, Nonlinearity) else Pointwise(nonlinearity)
         self.subtract_b_dec = bool(subtract_b_dec)
+        self.provenance: dict = {}  # where the weights come from; the readers of checkpoints fill it
 
     @property
     def n_latents(self) -> int:

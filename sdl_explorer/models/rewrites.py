@@ -1,0 +1,27 @@
+"""Exact rewrites between conventions: the same function with other weights."""
+
+from copy import deepcopy
+
+import torch
+
+from sdl_explorer.models.dictionary import SparseDictionary
+
+
+@torch.no_grad()
+def scaled(dictionary: SparseDictionary, s: float) -> SparseDictionary:
+    """A copy for raw x of a dictionary that was made for s*x, on both sides: g(x) = f(s*x) / s.
+
+        W_enc <- s * W_enc,  W_dec <- W_dec / s,  b_dec <- b_dec / s
+
+    b_enc, thresholds and codes stay as they are, so the decoder norms change by 1/s. Exact for every
+    nonlinearity that reads the pre-activations alone.
+    """
+    if not (0 < s < float("inf")):
+        raise ValueError(f"scaled: s is {s}; an input scale is a positive finite number.")
+    copy = deepcopy(dictionary)
+    copy.W_enc.mul_(s)
+    copy.W_dec.div_(s)
+    copy.b_dec.div_(s)
+    if copy.provenance:
+        copy.provenance["assumptions"] = [*copy.provenance.get("assumptions", []), f"input scale {s:.6g} folded into the weights"]
+    return copy
