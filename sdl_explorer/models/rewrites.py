@@ -8,7 +8,7 @@ from sdl_explorer.models.dictionary import SparseDictionary
 
 
 @torch.no_grad()
-def scaled(dictionary: SparseDictionary, s: float) -> SparseDictionary:
+def scaled(dictionary: SparseDictionary, s: float | int) -> SparseDictionary:
     """A copy for raw x of a dictionary that was made for s*x, on both sides: g(x) = f(s*x) / s.
 
         W_enc <- s * W_enc,  W_dec <- W_dec / s,  b_dec <- b_dec / s
@@ -24,4 +24,14 @@ def scaled(dictionary: SparseDictionary, s: float) -> SparseDictionary:
     copy.b_dec.div_(s)
     if copy.provenance:
         copy.provenance["assumptions"] = [*copy.provenance.get("assumptions", []), f"input scale {s:.6g} folded into the weights"]
+    return copy
+
+
+@torch.no_grad()
+def uncentred(dictionary: SparseDictionary) -> SparseDictionary:
+    """A copy that does not subtract b_dec from the input: b_enc <- b_enc - W_enc @ b_dec; codes unchanged."""
+    copy = deepcopy(dictionary)
+    if copy.subtract_b_dec:
+        copy.b_enc.sub_(copy.W_enc @ copy.b_dec)
+        copy.subtract_b_dec = False
     return copy

@@ -23,7 +23,9 @@ def read_header(path: Path) -> dict[str, str]:
         size = 8 + int.from_bytes(start[:8], "little")
         if start[8:] != b"{":
             if start.startswith(_PICKLES):
-                raise ValueError(f"{path} is a pickle, whatever its name; opening one can run any code, so it is refused. Save the weights as safetensors.")
+                raise ValueError(
+                    f"{path} is a pickle, whatever its name, and opening one can run any code. Save the weights as safetensors."
+                )
             raise ValueError(f"{path} is not a safetensors file: it does not start with a header. Write it again.")
         if size > length:
             raise ValueError(f"{path} is truncated: its header needs {size} bytes and the file has {length}. Copy or write it again.")
@@ -70,7 +72,9 @@ def check_tensor(path: Path, name: str, value: Tensor, shape: tuple[int, ...]) -
         raise ValueError(f"{path}: {name} has shape {tuple(value.shape)}; by the rest of the file it must be {tuple(shape)}.")
     bad = value.isnan() if name.endswith("threshold") else ~value.isfinite()  # an infinite threshold switches a latent off
     if bad.any():
-        raise ValueError(f"{path}: {name} holds {int(bad.sum())} values of {value.numel()} that are not finite. Go back to a finite version.")
+        raise ValueError(
+            f"{path}: {name} holds {int(bad.sum())} values of {value.numel()} that are not finite. Go back to a finite version."
+        )
 
 
 def _check_content(path: Path) -> int:

@@ -49,7 +49,9 @@ class Native(Format):
         file = _file(path)
         tensors, metadata = read_tensors(file)
         if _KEY not in metadata:
-            raise ValueError(f"{file} has no sdl_explorer entry in its header, so it is not a native dictionary. Say its format with format=.")
+            raise ValueError(
+                f"{file} has no sdl_explorer entry in its header, so it is not a native dictionary. Say its format with format=."
+            )
         return build_dictionary(_record(file, metadata[_KEY]), tensors, file)
 
     def write(self, dictionary: SparseDictionary, path: Path) -> None:
@@ -83,7 +85,9 @@ def dictionary_record(dictionary: SparseDictionary) -> dict:
     try:
         return json.loads(json.dumps(record))  # a copy, and the proof that it is JSON
     except TypeError as error:
-        raise TypeError(f"save: settings and provenance must be JSON values ({error}). Put numbers, texts, lists and dicts there.") from error
+        raise TypeError(
+            f"save: settings and provenance must be JSON values ({error}). Put numbers, texts, lists and dicts there."
+        ) from error
 
 
 def build_dictionary(record: dict, tensors: dict[str, Tensor], origin: Path | str = "build_dictionary") -> SparseDictionary:
@@ -159,7 +163,9 @@ def _nonlinearity(origin, entry, n_latents: int) -> tuple[type[Nonlinearity], di
     known = {member.__name__: member for member in _descendants(Nonlinearity) if member is not Pointwise}
     name, settings = entry["class"], entry["settings"]
     if name not in known:
-        raise ValueError(f"{origin}: nonlinearity {name!r} is unknown; imported are {', '.join(sorted(known))}. Import the package that defines it.")
+        raise ValueError(
+            f"{origin}: nonlinearity {name!r} is unknown; imported are {', '.join(sorted(known))}. Import the package that defines it."
+        )
     accepted = set(inspect.signature(known[name]).parameters)
     if unknown := sorted(set(settings) - accepted):
         raise ValueError(f"{origin}: setting {unknown[0]!r} of {name} is unknown; it has {', '.join(sorted(accepted)) or 'none'}.")
@@ -179,7 +185,9 @@ def _expected_state(origin, member: type[Nonlinearity], settings: dict) -> dict[
         with torch.device("meta"):
             return member(**settings).state_dict()
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
-        raise ValueError(f"{origin}: {member.__name__} cannot be made with {settings} ({error}). Correct the settings in the file.") from error
+        raise ValueError(
+            f"{origin}: {member.__name__} cannot be made with {settings} ({error}). Correct the settings in the file."
+        ) from error
 
 
 def _flag(origin, record: dict) -> bool:
