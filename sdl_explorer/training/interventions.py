@@ -7,8 +7,7 @@ An `Intervention` holds settings alone. `plan` reads the state and the choose ro
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from dataclasses import replace
 
 import param
 import torch
@@ -19,102 +18,10 @@ from sdl_explorer.data.activations import Activations
 from sdl_explorer.data.anchors import Anchors, Pins
 from sdl_explorer.models.dictionary import SparseDictionary
 from sdl_explorer.models.terms import squared_error
+from sdl_explorer.training.plan import Plan, PlanRow, random_like
 from sdl_explorer.training.state import TrainState
 
 BLOCK = 2_048
-
-
-class PlanRow(NamedTuple):
-    """One line of the preview."""
-
-    latent: int
-    origin: str
-    source_row: int | None
-    loss: float | None
-    nearest_latent: int
-    nearest_cosine: float
-    encoder_scale: float
-    bias: float
-
-
-@dataclass(frozen=True)
-class Plan:
-    """New rows for `latents` (None: rows stay), the pins from then on, and whose moments are cleared.
-
-    `expected` estimates the mean squared error on the choose rows before and right after.
-    """
-
-    intervention: str
-    latents: Tensor
-    W_enc: Tensor | None
-    b_enc: Tensor | None
-    W_dec: Tensor | None
-    sigma: dict[str, Tensor]
-    pins: Pins | None
-    clears: Tensor
-    expected: dict[str, float]
-    reading: str
-    rows: tuple[PlanRow, ...] = ()
-    python: str = ""
-    changed_pins: Pins | None = field(default=None)  # the pins this plan itself adds
-
-    @torch.no_grad()
-    def apply(self, state: TrainState) -> None:
-        """Weights *and* optimiser moments of exactly those rows, in place."""
-        dictionary = state.dictionary
-        if self.W_enc is not None:
-            dictionary.W_enc[self.latents] = self.W_enc
-            dictionary.b_enc[self.latents] = self.b_enc
-            dictionary.W_dec[self.latents] = self.W_dec
-            for name, rows in self.sigma.items():
-                dictionary.per_latent()[name][self.latents] = rows
-            state.samples_since_fired[self.latents] = 0
-        state.clear_moments(self.clears)
-        state.pins = self.pins
-
-    def drop(self, latents) -> "Plan":
-        """The same plan without some latents."""
-        out = {int(i) for i in latents}
-        keep = torch.tensor([int(i) not in out for i in self.latents], dtype=torch.bool, device=self.latents.device)
-        kept = lambda t: None if t is None else t[keep]
-        pins = self.pins
-        if self.changed_pins is not None and pins is not None:
-            pins = pins.without(out & set(self.changed_pins.latents.tolist()))
-        clears = torch.tensor([int(i) for i in self.clears if int(i) not in out], dtype=torch.long, device=self.clears.device)
-        return replace(
-            self,
-            latents=self.latents[keep],
-            W_enc=kept(self.W_enc),
-            b_enc=kept(self.b_enc),
-            W_dec=kept(self.W_dec),
-            sigma={name: rows[keep] for name, rows in self.sigma.items()},
-            pins=pins,
-            clears=clears,
-            changed_pins=None if self.changed_pins is None else self.changed_pins.without(out),
-            rows=tuple(row for row in self.rows if row.latent not in out),
-            reading=f"{self.reading} {len(out)} of them dropped by hand.",
-            expected={},
-        )
-
-    def sham(self, generator: Generator) -> "Plan":
-        """The same reset in random directions: tells a repair apart from any reset."""
-        W_enc = None if self.W_enc is None else _random_like(self.W_enc, generator)
-        if self.W_dec is None:
-            W_dec = None
-        elif W_enc is not None and self.W_enc.shape == self.W_dec.shape and torch.equal(normalize(self.W_enc), normalize(self.W_dec)):
-            W_dec = normalize(W_enc, dim=1) * self.W_dec.norm(dim=1, keepdim=True)
-        else:
-            W_dec = _random_like(self.W_dec, generator)
-        pins = self.pins
-        if self.changed_pins is not None:
-            told = self.changed_pins.anchors
-            inputs = _random_like(told.inputs, generator)
-            same = told.inputs.shape == told.targets.shape and torch.equal(told.inputs, told.targets)
-            anchors = Anchors(inputs, inputs if same else _random_like(told.targets, generator), told.names)
-            random_pins = replace(self.changed_pins, anchors=anchors)
-            others = self.pins.without(self.changed_pins.latents.tolist()) if self.pins else None
-            pins = others.merged(random_pins) if others else random_pins
-        return replace(self, W_enc=W_enc, W_dec=W_dec, pins=pins, reading="Sham: " + self.reading)
 
 
 class Intervention(param.Parameterized):
@@ -124,11 +31,6 @@ class Intervention(param.Parameterized):
 
     def plan(self, state: TrainState, choose: Activations, generator: Generator) -> Plan:
         raise TypeError(f"{type(self).__name__} has no plan(); an Intervention needs one.")
-
-    def python(self) -> str:
-        """The one line of Python that does this."""
-        changed = ", ".join(f"{k}={_literal(v)}" for k, v in self.param.values(onlychanged=True).items() if k != "name")
-        return f"session.apply({type(self).__name__}({changed}))"
 
 
 class Resample(Intervention):
@@ -393,13 +295,7 @@ def _nearest(dictionary: SparseDictionary, rows: Tensor, latents: Tensor) -> lis
 
 def _noisy(rows: Tensor, noise: float, generator: Generator) -> Tensor:
     unit = normalize(rows, dim=1)
-    return unit if noise == 0 else normalize(unit + noise * _random_like(unit, generator), dim=1)
-
-
-def _random_like(rows: Tensor, generator: Generator) -> Tensor:
-    """Random directions with the norms of `rows`."""
-    drawn = torch.randn(rows.shape, generator=generator).to(rows.device)
-    return normalize(drawn, dim=1) * rows.norm(dim=1, keepdim=True)
+    return unit if noise == 0 else normalize(unit + noise * random_like(unit, generator), dim=1)
 
 
 def _overlap_warning(anchors: Anchors) -> str:
@@ -409,7 +305,3 @@ def _overlap_warning(anchors: Anchors) -> str:
         return ""
     i, j = divmod(int(overlap.argmax()), len(anchors))
     return f" (warning: {anchors.names[i]!r} and {anchors.names[j]!r} overlap at cosine {largest:.2f})"
-
-
-def _literal(value) -> str:
-    return repr(value.tolist()) if isinstance(value, Tensor) else repr(value)

@@ -36,11 +36,15 @@ class Method(param.Parameterized):
 
     def build(self, d_in: int, d_out: int, n_latents: int, generator: Generator) -> SparseDictionary:
         """Random unit decoder rows; the encoder starts as the decoder where both have one width."""
-        if n_latents < 1:
-            raise ValueError(f"{type(self).__name__}: n_latents is {n_latents}; a dictionary needs at least one latent.")
+        self.check(n_latents)
         W_dec = normalize(torch.randn(n_latents, d_out, generator=generator), dim=1)
         W_enc = W_dec.clone() if d_in == d_out else normalize(torch.randn(n_latents, d_in, generator=generator), dim=1)
         return SparseDictionary(W_enc, W_dec, nonlinearity=self.nonlinearity(n_latents))
+
+    def check(self, n_latents: int) -> None:
+        """Refuse settings that do not fit a dictionary of this size."""
+        if n_latents < 1:
+            raise ValueError(f"{type(self).__name__}: n_latents is {n_latents}; a dictionary needs at least one latent.")
 
     def nonlinearity(self, n_latents: int) -> Nonlinearity:
         raise TypeError(f"{type(self).__name__} has no nonlinearity(); a Method needs one.")

@@ -70,10 +70,10 @@ class _Top(Method):
     k = param.Integer(32, bounds=(1, None), doc="Latents kept per row (on average per row in BatchTopK).")
     unit_norm = param.Boolean(True)
 
-    def build(self, d_in, d_out, n_latents, generator):
+    def check(self, n_latents):
+        super().check(n_latents)
         if self.k > n_latents:
             raise ValueError(f"{type(self).__name__}: k is {self.k} and n_latents {n_latents}; k can be at most n_latents.")
-        return super().build(d_in, d_out, n_latents, generator)
 
     def objective(self, dictionary, encoding, batch, context):
         return {"error": squared_error(encoding.reconstruction, batch.targets)}

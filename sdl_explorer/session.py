@@ -1,0 +1,570 @@
+"""`Session` owns a model in training: settings are parameters, facts are properties, methods are commands.
+
+Nothing here knows a GUI. One lane thread per device touches the tensors; commands run between two steps.
+"""
+
+import copy
+import json
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as StillRunning
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import param
+import torch
+
+from sdl_explorer.control import controlled
+from sdl_explorer.data.anchors import Anchors, Pins
+from sdl_explorer.data.sources import Source, stream
+from sdl_explorer.diagnosis.compare import Control
+from sdl_explorer.diagnosis.observe import declared_settings, observe
+from sdl_explorer.diagnosis.preflight import Preflight, continued_method, preflight
+from sdl_explorer.models.atomic import write_file
+from sdl_explorer.models.dictionary import SparseDictionary
+from sdl_explorer.models.methods import Method, TopK
+from sdl_explorer.training.commits import Commit, CommitStore
+from sdl_explorer.training.folder import RunLock, read_json, restore_source, settings_of, source_record, write_json
+from sdl_explorer.training.history import History
+from sdl_explorer.training.interventions import Anchor, Intervention, Release, Resample
+from sdl_explorer.training.lane import lane_of
+from sdl_explorer.training.plan import Plan
+from sdl_explorer.training.run import CHOOSE_ROWS, SETTINGS, Diverged, Run, method_of, settings_from
+from sdl_explorer.training.snapshot import Job, Snapshot
+from sdl_explorer.training.state import Schedule, TrainState, threads_for
+
+JUDGE_ROWS = 10_000
+MOMENT_STEPS = 100
+PUBLISH_EVERY = 0.15
+KEPT_FINDINGS = 48
+
+
+class Session(param.Parameterized):
+    """A source, a method and a dictionary in training.
+
+    Settings describe the next step: a change only marks the session stale, and the next command writes it as
+    a commit. `n_latents=None` means 4 * source.width_in. A given `dictionary` is trained on in place; without
+    a `method` the session then holds its measured L0 (see `continued_method`) and fills the optimiser's
+    moments at rate 0 for 100 steps.
+    """
+
+    source = param.ClassSelector(class_=Source, constant=True, doc="Where activations come from.")
+    method = param.ClassSelector(class_=Method, constant=True, doc="The recipe; its own settings can be changed.")
+    n_latents = param.Integer(None, bounds=(1, None), constant=True, doc="Size of the dictionary.")
+    batch_size = param.Integer(512, bounds=(1, None), doc="Rows of one step.")
+    lr = param.Number(1e-3, bounds=(0, None), doc="Adam's learning rate.")
+    warmup_steps = param.Integer(50, bounds=(0, None), doc="Steps of linear warm-up.")
+    decay_steps = param.Integer(
+        None, bounds=(1, None), allow_None=True, doc="Step at which the rate has fallen to a tenth; None: constant."
+    )
+    dead_after = param.Integer(100_000, bounds=(1, None), doc="Samples of silence after which a latent is dead.")
+    budget = param.Integer(2_000_000_000, bounds=(1, None), doc="Bytes that commits may take on disk.")
+    seed = param.Integer(0, bounds=(0, None), constant=True, doc="Seed of the weights and of every plan.")
+    device = param.String("auto", constant=True, doc="cpu, cuda or cuda:N.")
+    anchors = param.ClassSelector(class_=Anchors, allow_None=True, doc="Directions to compare with where there is no truth.")
+
+    def __init__(
+        self,
+        source: Source,
+        method: Method | None = None,
+        n_latents: int | None = None,
+        dictionary: SparseDictionary | None = None,
+        **settings,
+    ):
+        device = _device(settings.pop("device", "auto"))
+        settings.setdefault("dead_after", source.dead_after)
+        found = None
+        if dictionary is not None:
+            if n_latents not in (None, dictionary.n_latents):
+                raise ValueError(f"Session: n_latents is {n_latents} and the dictionary has {dictionary.n_latents}; leave n_latents out.")
+            _check_widths(dictionary, source)
+            rows = source.sample(CHOOSE_ROWS, stream(settings.get("seed", 0), "preflight"), "choose")
+            found = preflight(dictionary, rows, getattr(source, "hooks", ()))
+            method = continued_method(dictionary, rows) if method is None else method
+            n_latents = dictionary.n_latents
+        method = TopK() if method is None else type(method)(**settings_of(method))
+        n_latents = 4 * source.width_in if n_latents is None else n_latents
+        method.check(n_latents)
+        super().__init__(source=source, method=method, n_latents=n_latents, device=device, **settings)
+        self._prepare(found)
+        hold = 0 if dictionary is None else MOMENT_STEPS
+        if dictionary is None:
+            dictionary = method.build(source.width_in, source.width_out, n_latents, stream(self.seed, "weights"))
+        weights = copy.deepcopy(dictionary).to(device=self.device, dtype=torch.float32).requires_grad_(True)
+        method.retune(weights.nonlinearity)
+        self._temporary = tempfile.TemporaryDirectory(prefix="sdl-explorer-", ignore_cleanup_errors=True)
+        state = TrainState.start(weights, Schedule(self.lr, self.warmup_steps, self.decay_steps, hold), self.seed, self.dead_after)
+        self._run = Run(source, state, self._settings(), CommitStore(Path(self._temporary.name) / "commits", self.budget))
+        origin = "trained elsewhere" if hold else "untrained"
+        self._call(lambda: self._run.commit("start", f"start: {self.n_latents} latents, {origin}, {self.method}"))
+
+    def _prepare(self, found: Preflight | None) -> None:
+        """The moving parts that no file holds."""
+        self.preflight = found
+        self.pulses: list[Callable[[], None]] = []
+        self.last_control: Control | None = None
+        self.folder: Path | None = None
+        self._lock: RunLock | None = None
+        self._temporary: tempfile.TemporaryDirectory | None = None
+        self._lane = lane_of(self.device)
+        self._threads = threads_for(self.source.width_in, self.n_latents, self.batch_size, torch.get_num_threads())
+        self._order = 0
+        self._stop = threading.Event()
+        self._future: Future | None = None
+        self._target = 0
+        self._copy: tuple[int, dict[str, Any]] | None = None
+        self._found: dict[Any, Any] = {}
+        self._rows: dict[int, Any] = {}
+        self._guard = threading.RLock()
+        self._head_seen = 0
+        self.snapshot = Snapshot(n_latents=self.n_latents)
+
+    # facts ---------------------------------------------------------------------------------------------------------
+
+    @property
+    def kind(self) -> str:
+        """ "sae", "transcoder" or "crosscoder": what the data makes of the model."""
+        return self._judge_rows(1).kind
+
+    @property
+    def step(self) -> int:
+        self._follow()
+        return self._run.state.step
+
+    @property
+    def running(self) -> bool:
+        return self._future is not None and not self._future.done()
+
+    @property
+    def stale(self) -> bool:
+        """Settings were changed and no command has written them yet."""
+        return self._settings() != self._run.settings
+
+    @property
+    def commits(self) -> tuple[Commit, ...]:
+        self._follow()
+        return tuple(self._run.store)
+
+    @property
+    def head(self) -> Commit:
+        """The commit that training goes on from."""
+        self._follow()
+        return self._run._require_head()
+
+    @property
+    def version(self) -> int:
+        """Grows with every change that a viewer could see."""
+        self._follow()
+        return self.snapshot.version
+
+    @property
+    def history(self) -> History:
+        return self._run.recorder.history()
+
+    @property
+    def ghosts(self) -> tuple[History, ...]:
+        """Curves of branches that were left by a revert."""
+        return self._run.ghosts
+
+    @property
+    def pins(self) -> Pins | None:
+        return self._view()["pins"]
+
+    @property
+    def writable(self) -> bool:
+        return self._lock is None or self._lock.held
+
+    @property
+    def writer(self) -> str:
+        """Who writes the run folder."""
+        return "this session" if self._lock is None else self._lock.writer
+
+    @property
+    def disk_used(self) -> int:
+        """Bytes that the commits take; `budget` limits them."""
+        return self._run.store.size
+
+    @property
+    def dictionary(self) -> SparseDictionary:
+        """A detached copy in eval mode, made between two steps, once a version."""
+        return self._view()["dictionary"]
+
+    # commands ------------------------------------------------------------------------------------------------------
+
+    def train(self, n: int, only=None) -> "Session":
+        """`n` steps, waiting. Ends early only on stop(), an interrupt, or a loss that is not finite (raises)."""
+        self._wait(self._begin(n, only, converge=False))
+        return self
+
+    def start(self, n: int, only=None, converge: bool = False) -> Future:
+        """The same without waiting; with `converge`, pause when the loss changed by less than 0.01 % in 500 steps."""
+        return self._begin(n, only, converge)
+
+    def stop(self) -> None:
+        """End the run within one step, and wait for that."""
+        self._stop.set()
+        self.snapshot = replace(self.snapshot, stopping=self.running, version=self.snapshot.version + 1)
+        if self._future is not None:
+            self._future.exception()  # waits; whoever started the run gets the error
+
+    def plan(self, intervention: Intervention) -> Plan:
+        """What `apply` would do, chosen on the choose rows; changes nothing."""
+        return self._call(lambda: self._run.plan(intervention))
+
+    def apply(self, change: Plan | Intervention) -> Commit:
+        """Apply a plan, or plan and apply an intervention; two commits, before and after."""
+        self._require_writer("apply")
+
+        def command() -> Commit:
+            plan = change if isinstance(change, Plan) else self._run.plan(change)
+            self._take_settings()
+            return self._run.apply(plan)
+
+        return self._call(command)
+
+    def resample(self, latents=None, **settings) -> Commit:
+        """Restart latents (None: the dead ones) from badly reconstructed inputs; see `Resample`."""
+        return self.apply(Resample(latents=latents, **settings))
+
+    def anchor(self, anchors: Anchors, latents=None, weight: float = 0.1, hard: bool = False) -> Commit:
+        """Hold latents to known directions; see `Anchor`."""
+        return self.apply(Anchor(anchors=anchors, latents=latents, weight=weight, hard=hard))
+
+    def release(self, latents=None) -> Commit:
+        """Let go of pinned latents (None: all)."""
+        return self.apply(Release(latents=latents))
+
+    def commit(self, message: str = "") -> Commit:
+        """Write the state; durable when it returns, where the session is bound to a folder."""
+        self._require_writer("commit")
+
+        def command() -> Commit:
+            self._take_settings()
+            return self._run.commit("manual", message or f"step {self._run.state.step}", "session.commit()")
+
+        return self._call(command)
+
+    def revert(self, commit: Commit | str) -> "Session":
+        """Check out a commit: weights, moments, counters, settings. Nothing is deleted; training branches there."""
+        self._require_writer("revert")
+        target = self._run.store[commit]
+        if self.running:
+            self.stop()
+
+        def command() -> None:
+            self._run.revert(target)
+            self._show_settings()
+            self.snapshot = replace(self.snapshot, diverged=None, error=None, converged=None)
+
+        self._call(command)
+        return self
+
+    def restart(self) -> "Session":
+        """Back to the same initial weights."""
+        return self.revert(next(iter(self._run.store)))
+
+    def branch(self, commit: Commit | str | None = None) -> "Session":
+        """A new session, in memory, that starts at a commit (None: the current state)."""
+        target = None if commit is None else self._run.store[commit]
+        run = self._run
+        state, settings = self._call(lambda: run.state_of(target) if target else (copy.deepcopy(run.state), run.settings))
+        values = {k: v for k, v in self.param.values().items() if k not in ("name", "method", "n_latents", "source")}
+        twin = Session(self.source, method_of(settings), self.n_latents, **values)
+
+        def command() -> None:
+            twin._run.adopt(state, settings)
+            twin._run.commit("start", f"branch at step {state.step} of {target.id if target else run.state.step}")
+            twin._show_settings()
+
+        twin._call(command)
+        return twin
+
+    def control(self, n_steps: int, runs: int = 5) -> Control:
+        """Pairs with and without the last intervention, same seed and data order, beside a sham arm.
+
+        Arms start from the commits before and after the intervention; pair r trains `n_steps` on data order
+        r + 1 and is scored on judge rows. The sham resets the same latents in random directions.
+        """
+        self._require_writer("control")
+        rows = self._judge_rows(JUDGE_ROWS).to(self.device)
+        progress = lambda done: self._publish(job=Job("control", done))
+        self._call(self._take_settings)
+        try:
+            self.last_control = self._wait(self._lane.start(self, controlled(self._run, rows, int(n_steps), int(runs), progress)))
+        finally:
+            self._publish(job=None)
+        return self.last_control
+
+    def find(self, finding, *, n: int = JUDGE_ROWS, **settings):
+        """One finding's result, or a list of results from one pass over `n` judge rows; cached by state and settings."""
+        findings = finding if isinstance(finding, list) else [finding]
+        view, rows = self._view(), self._judge_rows(n)
+        known = {
+            "samples_since_fired": view["samples_since_fired"],
+            "dead_after": view["dead_after"],
+            "pins": view["pins"],
+            "anchors": self.anchors if rows.truth is None else None,
+        }
+        offered = {k: v for k, v in known.items() if v is not None} | settings
+        unknown = set(settings) - set().union(*(declared_settings(f) for f in findings))
+        if unknown:
+            raise TypeError(f"find: no finding in {[f.__name__ for f in findings]} takes {sorted(unknown)}.")
+        keys = [(view["key"], f.__module__, f.__qualname__, n, repr(sorted(settings.items())), id(self.anchors)) for f in findings]
+        missing = [(f, key) for f, key in zip(findings, keys, strict=True) if key not in self._found]
+        if missing:
+            requests = [(f, {k: v for k, v in offered.items() if k in declared_settings(f)}) for f, _ in missing]
+            results = observe(view["dictionary"], rows.to(self.device), requests)
+            with self._guard:
+                self._found |= {key: result for (_, key), result in zip(missing, results, strict=True)}
+                for old in list(self._found)[:-KEPT_FINDINGS]:
+                    del self._found[old]
+        results = [self._found[key] for key in keys]
+        return results if isinstance(finding, list) else results[0]
+
+    def save(self, folder) -> Path:
+        """Bind the session to a run folder; commits first if the step moved."""
+        self._require_writer("save")
+        target = Path(folder).expanduser().resolve()
+        return self._call(lambda: self._save(target))
+
+    @classmethod
+    def open(cls, folder, source: Source | None = None, take_over: bool = False, device: str = "auto") -> "Session":
+        """The session of a run folder, at its last commit. A second opener follows, read-only."""
+        folder = Path(folder).expanduser().resolve()
+        record = read_json(folder / "run.json")
+        settings = record["session"]
+        session = cls.__new__(cls)
+        fields = {
+            "source": restore_source(record["source"], folder, source),
+            "method": method_of(settings),
+            "device": _device(device),
+            **{k: record[k] for k in ("n_latents", "seed", "budget")},
+            **{k: settings[k] for k in SETTINGS},
+        }
+        param.Parameterized.__init__(session, **fields)
+        session._prepare(None)
+        session.folder = folder
+        session._lock = RunLock(folder, take_over)
+        store = CommitStore(folder / "commits", session.budget)
+        weights = store.load_dictionary(next(iter(store))).to(session.device)
+        session._run = Run(session.source, TrainState.start(weights, seed=session.seed), settings, store)
+        session._call(session._check_out)
+        return session
+
+    def close(self) -> None:
+        """Stop, and give the folder up."""
+        if self.running:
+            self.stop()
+        self._give_up()
+
+    def __enter__(self) -> "Session":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"Session({type(self.source).__name__}, {self.method}, n_latents={self.n_latents}, step={self.step}, device={self.device!r})"
+
+    __str__ = __repr__
+
+    # in the lane ---------------------------------------------------------------------------------------------------
+
+    def _call(self, command: Callable[[], Any]) -> Any:
+        def whole() -> Any:
+            self._set_threads()
+            result = command()
+            self._publish()
+            return result
+
+        return self._lane.call(self, whole)
+
+    def _set_threads(self) -> None:
+        if torch.get_num_threads() != self._threads:
+            torch.set_num_threads(self._threads)
+
+    def _begin(self, n: int, only, converge: bool) -> Future:
+        self._require_writer("train")
+        if isinstance(n, bool) or int(n) != n or n < 1:
+            raise ValueError(f"train: n is {n!r}; give a whole number of steps, at least 1.")
+        if only is not None and len(only := [int(i) for i in only]) == 0:
+            raise ValueError("train: only is empty; name at least one latent, or leave it out.")
+        if only is not None and not 0 <= min(only) <= max(only) < self.n_latents:
+            raise ValueError(f"train: only names latents {min(only)} to {max(only)}; the last one is {self.n_latents - 1}.")
+        with self._guard:
+            if self.running:
+                raise RuntimeError(f"train: already training up to step {self._target}; call stop() first.")
+            self._stop.clear()
+            self._target = self._run.state.step + int(n)
+            self._future = self._lane.start(self, self._training(int(n), only, converge))
+            self._future.add_done_callback(lambda _: self._publish())
+        return self._future
+
+    def _training(self, n: int, only, converge: bool) -> Iterator[None]:
+        """The work of one run; the lane advances it."""
+        self._set_threads()
+        self._take_settings()
+        published, clock = self._run.state.step, time.perf_counter()
+        self._publish(diverged=None, converged=None, error=None)
+
+        def pulse() -> None:
+            nonlocal published, clock
+            self._set_threads()
+            elapsed = time.perf_counter() - clock
+            if elapsed > PUBLISH_EVERY:
+                self._run.check_finite()
+                rate = (self._run.state.step - published) / elapsed
+                published, clock = self._run.state.step, time.perf_counter()
+                self._publish(rate=rate)
+
+        try:
+            converged = yield from self._run.advance(n, only, self._stop.is_set, pulse, converge)
+            self._publish(converged=converged)
+        except Exception as error:
+            self._publish(error=str(error), diverged=error if isinstance(error, Diverged) else None)
+            raise
+
+    def _settings(self) -> dict[str, Any]:
+        """The settings of the next step, as JSON."""
+        values = {k: getattr(self, k) for k in SETTINGS} | {"order": self._order, "threads": self._threads}
+        return settings_from(self.method, values)
+
+    def _take_settings(self) -> None:
+        self._run.store.budget = self.budget
+        self._run.take_settings(self._settings())
+
+    def _show_settings(self) -> None:
+        """Put the settings in force back on the parameters."""
+        settings = self._run.settings
+        self._order, self._threads = settings["order"], settings["threads"]
+        self.method.param.update(**settings["method"]["settings"])
+        self.param.update(**{k: settings[k] for k in SETTINGS})
+
+    def _save(self, folder: Path) -> Path:
+        if (folder / "run.json").exists() and folder != self.folder:
+            raise ValueError(f"save: {folder} already holds a run; Session.open it, or save to another folder.")
+        self._take_settings()
+        run = self._run
+        if run.moved:
+            run.commit("manual", f"step {run.state.step}", f"session.save({str(folder)!r})")
+        if folder == self.folder:
+            return folder
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = RunLock(folder)
+        try:
+            if not lock.held:
+                raise PermissionError(f"save: {folder} is being written by {lock.writer}; save to another folder.")
+            run.store.copy_to(folder / "commits")
+            record = {"source": source_record(self.source, folder), "session": run.settings}
+            record |= {"n_latents": self.n_latents, "seed": self.seed, "budget": self.budget}
+            write_file(folder / "history.json", json.dumps(run.recorder.points).encode())
+            write_json(folder / "head.json", {"commit": self.head.id})
+            write_json(folder / "run.json", record)  # last: without it the folder is no run
+        except BaseException:
+            lock.release()
+            raise
+        self._give_up()
+        self._lock, self.folder = lock, folder
+        run.store = CommitStore(folder / "commits", self.budget)
+        return folder
+
+    def _give_up(self) -> None:
+        """Release the folder, or remove the temporary one."""
+        if self._lock is not None:
+            self._lock.release()
+        if self._temporary is not None:
+            self._temporary.cleanup()
+        self._lock = self._temporary = None
+
+    def _check_out(self) -> None:
+        """The head commit of the folder, as its writer or as a follower."""
+        self._head_seen = (self.folder / "head.json").stat().st_mtime_ns
+        self._run.check_out(self.folder, exact=self.writable)
+        self._show_settings()
+
+    def _follow(self) -> None:
+        """A follower looks whether the writer has committed."""
+        if not self.writable and (self.folder / "head.json").stat().st_mtime_ns != self._head_seen:
+            self._call(self._check_out)
+
+    def _publish(self, **changes) -> None:
+        state, points, running = self._run.state, self._run.recorder.points, self.running
+        last = points[-1] if points else {}
+        silent = state.samples_since_fired.cpu().numpy().copy()
+        flags = {"running": running, "stopping": running and self._stop.is_set(), "rate": self.snapshot.rate if running else 0.0}
+        facts = {
+            "version": self.snapshot.version + 1,
+            "step": state.step,
+            "target": self._target if running else state.step,
+            "queue": self._lane.ahead(self),
+            "dead": int((silent >= state.dead_after).sum()),
+            "samples_since_fired": silent,
+            "losses": {k: v for k, v in last.items() if k not in ("step", "l0", "dead")},
+            "l0": last.get("l0", float("nan")),
+        }
+        self.snapshot = replace(self.snapshot, **facts, **flags | changes)
+
+    # reading -------------------------------------------------------------------------------------------------------
+
+    def _view(self) -> dict[str, Any]:
+        """The weights, counters and pins of one moment, copied in the lane once a generation."""
+        self._follow()
+
+        def command() -> dict[str, Any]:
+            if self._copy is None or self._copy[0] != self._run.generation:
+                self._copy = (self._run.generation, self._run.view())
+            return self._copy[1]
+
+        return self._lane.call(self, command)
+
+    def _judge_rows(self, n: int):
+        with self._guard:
+            if n not in self._rows:
+                self._rows[n] = self.source.sample(n, stream(self.seed, "judge"), "judge")
+            return self._rows[n]
+
+    def _wait(self, future: Future) -> Any:
+        """Wait for lane work; keep open figures moving; an interrupt stops at the next step."""
+        try:
+            while True:
+                try:
+                    return future.result(timeout=0.25)
+                except StillRunning:
+                    if future.done():
+                        raise
+                    self._pulse()
+        except KeyboardInterrupt:
+            self._stop.set()
+            future.exception()
+            raise
+        finally:
+            self._pulse()
+
+    def _pulse(self) -> None:
+        for pulse in list(self.pulses):
+            pulse()
+
+    def _require_writer(self, verb: str) -> None:
+        if not self.writable:
+            raise PermissionError(
+                f"{verb}: this session follows {self.folder}, which {self.writer} writes. Close it, go on in memory with branch(), or, "
+                "if its host is gone, Session.open(..., take_over=True)."
+            )
+
+
+def _device(name: str) -> str:
+    if name != "auto":
+        return str(torch.device(name))
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _check_widths(dictionary: SparseDictionary, source: Source) -> None:
+    if (dictionary.d_in, dictionary.d_out) != (source.width_in, source.width_out):
+        raise ValueError(
+            f"Session: the dictionary has widths ({dictionary.d_in}, {dictionary.d_out}) and the data ({source.width_in}, "
+            f"{source.width_out}); open it on activations of the place it was trained on."
+        )

@@ -1,0 +1,254 @@
+"""Commits: every change of the model can be undone, branched and replayed.
+
+One folder a commit:
+
+    commits/<id>/commit.json             the record, settings and scalars of the state (format_version)
+    commits/<id>/dictionary.safetensors  the weights, a native dictionary file
+    commits/<id>/training.safetensors    optimiser moments, counters and pins; thinned commits lack it
+
+A commit is written beside its place, synced and renamed, so that a killed process leaves whole commits only.
+"""
+
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from sdl_explorer.data.anchors import Anchors, Pins
+from sdl_explorer.models.atomic import replace_directory, write_file
+from sdl_explorer.models.dictionary import SparseDictionary
+from sdl_explorer.training.state import Schedule, TrainState, adam
+
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Commit:
+    """One point of the model's history. `kind`: start, run, auto, settings, manual, or an intervention's name."""
+
+    id: str
+    parent: str | None
+    step: int
+    message: str
+    python: str = ""
+    metrics: dict[str, float] = field(default_factory=dict)
+    kind: str = "manual"
+    latents: tuple[int, ...] = ()
+    created: float = 0.0
+
+
+class BudgetError(OSError):
+    """A commit would exceed the disk budget."""
+
+
+class CommitStore:
+    """The commits of one run in `folder`, oldest first.
+
+    `budget` (bytes) is never exceeded: the automatic commits are thinned first (all but the newest lose their
+    moments, then the oldest go), and a commit that still does not fit raises `BudgetError`.
+    """
+
+    def __init__(self, folder: Path, budget: int):
+        self.folder, self.budget = Path(folder), budget
+        self._commits: dict[str, Commit] = {}
+        self.refresh()
+
+    def __iter__(self) -> Iterator[Commit]:
+        return iter(list(self._commits.values()))
+
+    def __len__(self) -> int:
+        return len(self._commits)
+
+    def __getitem__(self, commit: "Commit | str") -> Commit:
+        key = commit.id if isinstance(commit, Commit) else commit
+        matches = [c for c in self._commits.values() if c.id.startswith(key)] if key else []
+        if len(matches) != 1:
+            known = ", ".join(f"{c.id} (step {c.step})" for c in list(self._commits.values())[-5:])
+            raise ValueError(f"commit {key!r}: {len(matches)} commits match; the newest are {known}.")
+        return matches[0]
+
+    def refresh(self) -> None:
+        """Read what another process has written or thinned since."""
+        records = {}
+        for path in self.folder.glob("*/commit.json"):
+            if path.parent.name.startswith("."):
+                continue
+            record = _read_json(path)
+            records[record["order"]] = Commit(**record["commit"] | {"latents": tuple(record["commit"]["latents"])})
+        self._commits = {records[order].id: records[order] for order in sorted(records)}
+
+    @property
+    def size(self) -> int:
+        """Bytes on disk."""
+        return sum(f.stat().st_size for f in self.folder.rglob("*") if f.is_file())
+
+    def has_moments(self, commit: Commit) -> bool:
+        return (self.folder / commit.id / "training.safetensors").exists()
+
+    def lineage(self, commit: Commit) -> list[Commit]:
+        """The commit and its ancestors, newest first."""
+        line = [commit]
+        while line[-1].parent in self._commits:
+            line.append(self._commits[line[-1].parent])
+        return line
+
+    def write(self, state: TrainState, settings: dict[str, Any], **fields) -> Commit:
+        """Make the state durable; returns after the files are synced and renamed."""
+        _refuse_nonfinite(state)
+        order = self._next_order()
+        identity = repr((order, fields["parent"], state.step, fields["message"], state.seed))
+        commit = Commit(id=hashlib.sha256(identity.encode()).hexdigest()[:8], step=state.step, created=time.time(), **fields)
+        record = {
+            "format_version": FORMAT_VERSION,
+            "order": order,
+            "commit": asdict(commit),
+            "settings": settings,
+            "state": _scalars(state),
+        }
+        self._make_room(_nbytes(state), commit)
+
+        def fill(folder: Path) -> None:
+            state.dictionary.save(folder / "dictionary.safetensors")
+            save_file(_tensors(state), folder / "training.safetensors")
+            (folder / "commit.json").write_text(json.dumps(record, indent=1))
+
+        self.folder.mkdir(parents=True, exist_ok=True)
+        replace_directory(self.folder / commit.id, fill)
+        self._commits[commit.id] = commit
+        self._thin_moments()
+        return commit
+
+    def settings(self, commit: Commit) -> dict[str, Any]:
+        return self._record(commit)["settings"]
+
+    def load_dictionary(self, commit: Commit) -> SparseDictionary:
+        return SparseDictionary.load(self.folder / commit.id / "dictionary.safetensors")
+
+    def load(self, commit: Commit, device) -> TrainState:
+        """The state as it was: weights, moments, counters, pins, seed, step. Needs its moments."""
+        scalars = self._record(commit)["state"]
+        dictionary = self.load_dictionary(commit).to(device).train()
+        tensors = load_file(self.folder / commit.id / "training.safetensors", device=str(device))
+        schedule = Schedule(**scalars["schedule"])
+        optimiser = adam(dictionary, schedule.lr)
+        names = dict(dictionary.named_parameters())
+        for key, value in tensors.items():
+            kind, _, rest = key.partition("/")
+            if kind == "adam":
+                slot, _, name = rest.partition("/")
+                optimiser.state[names[name]][slot] = value
+        return TrainState(
+            dictionary,
+            optimiser,
+            schedule,
+            scalars["step"],
+            tensors["samples_since_fired"],
+            _pins(tensors, scalars["pins"]),
+            scalars["seed"],
+            scalars["dead_after"],
+        )
+
+    def copy_to(self, folder: Path) -> None:
+        """The same commits in another folder."""
+        replace_directory(folder, lambda new: shutil.copytree(self.folder, new, dirs_exist_ok=True))
+
+    def _record(self, commit: Commit) -> dict[str, Any]:
+        return _read_json(self.folder / commit.id / "commit.json")
+
+    def _next_order(self) -> int:
+        orders = [_read_json(path)["order"] for path in self.folder.glob("[!.]*/commit.json")]
+        return max(orders, default=-1) + 1
+
+    def _thin_moments(self) -> None:
+        """Only the newest automatic commit keeps moments."""
+        for commit in self._automatic()[:-1]:
+            (self.folder / commit.id / "training.safetensors").unlink(missing_ok=True)
+
+    def _make_room(self, needed: int, commit: Commit) -> None:
+        for old in self._automatic():
+            if self.size + needed <= self.budget:
+                return
+            self._forget(old)
+        if self.size + needed > self.budget:
+            raise BudgetError(
+                f"commit at step {commit.step}: needs {needed / 1e6:.1f} MB beside {self.size / 1e6:.1f} MB kept, and session.budget is "
+                f"{self.budget / 1e6:.1f} MB. Raise session.budget, or save to a new folder."
+            )
+
+    def _automatic(self) -> list[Commit]:
+        """The every-500 commits that nothing else starts from, oldest first."""
+        parents = {c.parent for c in self._commits.values() if c.kind != "auto"}
+        return [c for c in self._commits.values() if c.kind == "auto" and c.id not in parents]
+
+    def _forget(self, commit: Commit) -> None:
+        """Remove an automatic commit; its children now follow its parent."""
+        for child in [c for c in self._commits.values() if c.parent == commit.id]:
+            record = self._record(child)
+            record["commit"]["parent"] = commit.parent
+            write_file(self.folder / child.id / "commit.json", json.dumps(record, indent=1).encode())
+        for path in (self.folder / commit.id).iterdir():
+            path.unlink()
+        (self.folder / commit.id).rmdir()
+        self.refresh()
+
+
+def _refuse_nonfinite(state: TrainState) -> None:
+    for name, tensor in state.dictionary.named_parameters():
+        if not torch.isfinite(tensor).all():
+            raise ValueError(f"commit at step {state.step}: {name} is not finite; revert to an earlier commit instead.")
+
+
+def _scalars(state: TrainState) -> dict[str, Any]:
+    pins = state.pins
+    return {
+        "step": state.step,
+        "seed": state.seed,
+        "dead_after": state.dead_after,
+        "schedule": asdict(state.schedule),
+        "pins": None if pins is None else {"names": list(pins.anchors.names), "features": list(pins.anchors.features)},
+    }
+
+
+def _tensors(state: TrainState) -> dict[str, torch.Tensor]:
+    names = {id(p): name for name, p in state.dictionary.named_parameters()}
+    tensors = {"samples_since_fired": state.samples_since_fired}
+    for parameter, slots in state.optimiser.state.items():
+        tensors |= {f"adam/{slot}/{names[id(parameter)]}": value for slot, value in slots.items()}
+    if state.pins is not None:
+        pins = state.pins
+        tensors |= {
+            "pins/inputs": pins.anchors.inputs,
+            "pins/targets": pins.anchors.targets,
+            "pins/latents": pins.latents,
+            "pins/weight": pins.weight,
+            "pins/hard": pins.hard,
+        }
+    return {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
+
+
+def _pins(tensors: dict[str, torch.Tensor], names: dict[str, Any] | None) -> Pins | None:
+    if names is None:
+        return None
+    anchors = Anchors(tensors["pins/inputs"], tensors["pins/targets"], tuple(names["names"]), tuple(names["features"]))
+    return Pins(anchors, tensors["pins/latents"], tensors["pins/weight"], tensors["pins/hard"])
+
+
+def _nbytes(state: TrainState) -> int:
+    weights = sum(t.nbytes for t in state.dictionary.state_dict().values())
+    return weights + sum(t.nbytes for t in _tensors(state).values()) + 8_192
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    record = json.loads(path.read_text())
+    if record.get("format_version", 0) > FORMAT_VERSION:
+        raise ValueError(
+            f"{path}: format_version is {record['format_version']} and this sdl_explorer reads up to {FORMAT_VERSION}; upgrade it."
+        )
+    return record

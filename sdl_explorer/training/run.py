@@ -1,0 +1,233 @@
+"""A model in training with its commits: everything that touches tensors, for one thread at a time."""
+
+import copy
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sdl_explorer.data.sources import Source, stream
+from sdl_explorer.models.atomic import write_file
+from sdl_explorer.models.methods import Method
+from sdl_explorer.training.commits import Commit, CommitStore
+from sdl_explorer.training.folder import member, read_json, settings_of, write_json
+from sdl_explorer.training.history import History, Recorder
+from sdl_explorer.training.interventions import Intervention
+from sdl_explorer.training.loop import train
+from sdl_explorer.training.plan import Plan
+from sdl_explorer.training.state import Step, TrainState
+
+COMMIT_EVERY = 500
+LONG_RUN = 100
+CHOOSE_ROWS = 8_192
+SETTINGS = ("batch_size", "lr", "warmup_steps", "decay_steps", "dead_after")
+
+
+class Diverged(FloatingPointError):
+    """The loss stopped being finite at `step`; `last_finite` is the commit to go back to."""
+
+    def __init__(self, step: int, lr: float, last_finite: Commit):
+        self.step, self.lr, self.last_finite = step, lr, last_finite
+        super().__init__(
+            f"Diverged at step {step} (lr {lr:g}): the loss is not finite. session.revert({last_finite.id!r}) goes back to step "
+            f"{last_finite.step}, the last finite commit; then lower session.lr."
+        )
+
+
+class Run:
+    """State, settings in force, and commits. `settings` is JSON: method, SETTINGS, order, threads.
+
+    Every change is a commit; one that fails leaves the state as it was.
+    """
+
+    def __init__(self, source: Source, state: TrainState, settings: dict[str, Any], store: CommitStore):
+        self.source, self.state, self.settings, self.store = source, state, settings, store
+        self.head: Commit | None = None
+        self.recorder = Recorder()
+        self.ghosts: tuple[History, ...] = ()
+        self.generation = 0  # grows with every change of the state
+        self._method = method_of(settings)
+
+    @property
+    def moved(self) -> bool:
+        return self.head is None or self.state.step != self.head.step
+
+    def advance(self, n: int, only, stopped: Callable[[], bool], pulse: Callable[[], None], converge: bool) -> Iterator[None]:
+        """Up to `n` steps, one for each `next()`, with the commits that a run writes.
+
+        `pulse` is called after each step. Returns the step at which it converged, or None. Raises `Diverged`.
+        """
+        if only is not None and self.moved:
+            self.commit("run", f"before training {len(only)} latents alone")
+        first = self.state.step
+        while self.state.step < first + n and not stopped():
+            self.recorder.add(self.one_step(self.state, only))
+            self.generation += 1
+            if self.state.step % COMMIT_EVERY == 0 and self.state.step < first + n:
+                self.check_finite()
+                self.commit("auto", f"step {self.state.step}")
+                if converge and self._has_converged():
+                    return self.state.step
+            pulse()
+            yield
+        self.check_finite()
+        n_done = self.state.step - first
+        if n_done >= LONG_RUN or (only is not None and n_done):
+            rows = "" if only is None else f", only={list(only)}"
+            self.commit("run", f"trained {n_done} steps", f"session.train({n_done}{rows})")
+        return None
+
+    def one_step(self, state: TrainState, only=None, order: int | None = None) -> Step:
+        """One step of any state under the settings in force."""
+        order = self.settings["order"] if order is None else order
+        return next(train(state, self._method, self.source, batch_size=self.settings["batch_size"], order=order, only=only))
+
+    def check_finite(self) -> None:
+        diverged = self.recorder.flush()
+        if diverged is not None:
+            raise Diverged(diverged, self.state.schedule.rate(diverged), self._require_head())
+
+    def commit(self, kind: str, message: str, python: str = "", latents: tuple[int, ...] = ()) -> Commit:
+        self.recorder.flush()
+        points = self.recorder.points
+        metrics = {k: v for k, v in points[-1].items() if k != "step"} if points else {}
+        parent = None if self.head is None else self.head.id
+        fields = {"parent": parent, "message": message, "python": python, "kind": kind, "latents": latents, "metrics": metrics}
+        return self._set_head(self.store.write(self.state, self.settings, **fields))
+
+    def take_settings(self, changed: dict[str, Any]) -> None:
+        """Put changed settings in force, as a commit of their own."""
+        former, schedule = self.settings, self.state.schedule
+        if changed == former:
+            return
+        method_of(changed).check(self.state.dictionary.n_latents)
+        if self.moved:
+            self.commit("run", f"step {self.state.step}, before a change of settings")
+        self._adopt_settings(changed)
+        lines = _differences(former, changed)
+        message = "settings: " + ", ".join(f"{name} {old} to {new}" for name, old, new in lines)
+        try:
+            self.commit("settings", message, "; ".join(f"session.{name} = {new!r}" for name, _, new in lines))
+        except Exception:
+            self._adopt_settings(former)
+            self.state.schedule = schedule
+            raise
+
+    def plan(self, intervention: Intervention) -> Plan:
+        step, seed = self.state.step, self.state.seed
+        choose = self.source.sample(CHOOSE_ROWS, stream(seed, "choose", step), "choose")
+        return intervention.plan(self.state, choose, stream(seed, "plan", step))
+
+    def apply(self, change: Plan | Intervention) -> Commit:
+        plan = change if isinstance(change, Plan) else self.plan(change)
+        if self.moved:
+            self.commit("run", f"step {self.state.step}, before {plan.intervention}")
+        before = self._require_head()
+        plan.apply(self.state)
+        self.generation += 1
+        try:
+            latents = tuple(int(i) for i in plan.latents)
+            return self.commit(plan.intervention, f"step {self.state.step}: {plan.reading}", plan.python, latents)
+        except Exception:
+            self.state, _ = self.state_of(before)
+            raise
+
+    def revert(self, target: Commit) -> None:
+        """Check out a commit; what was not committed is committed first, unless it is not finite."""
+        if self.moved and all(bool(torch.isfinite(p).all()) for p in self.state.dictionary.parameters()):
+            self.commit("run", f"step {self.state.step}, before going back")
+        state, settings = self.state_of(target)
+        left = self.recorder.history()
+        self.recorder = self.recorder.truncated(target.step)
+        if len(left) > len(self.recorder.points):
+            self.ghosts = (*self.ghosts, left)[-8:]
+        self.adopt(state, settings)
+        self._set_head(target)
+
+    def adopt(self, state: TrainState, settings: dict[str, Any]) -> None:
+        self.state = state
+        self._adopt_settings(settings)
+        self.generation += 1
+
+    def state_of(self, commit: Commit) -> tuple[TrainState, dict[str, Any]]:
+        """The state at a commit; one without moments is replayed from the nearest ancestor that has them."""
+        device, settings = self.state.dictionary.device, self.store.settings(commit)
+        if self.store.has_moments(commit):
+            return self.store.load(commit, device), settings
+        base = next(c for c in self.store.lineage(commit) if self.store.has_moments(c))
+        state = self.store.load(base, device)
+        steps = train(state, method_of(settings), self.source, batch_size=settings["batch_size"], order=settings["order"])
+        while state.step < commit.step:
+            next(steps)
+        state.dictionary.load_state_dict(self.store.load_dictionary(commit).state_dict())  # exact on any device
+        return state, settings
+
+    def view(self) -> dict[str, Any]:
+        """Copies of what findings read, with the key under which they are cached."""
+        exact = not self.moved
+        return {
+            "dictionary": copy.deepcopy(self.state.dictionary).eval().requires_grad_(False),
+            "samples_since_fired": self.state.samples_since_fired.cpu().clone(),
+            "dead_after": self.state.dead_after,
+            "pins": self.state.pins,
+            "key": (self._require_head().id, 0 if exact else self.generation),
+        }
+
+    def check_out(self, folder: Path, exact: bool) -> None:
+        """The head commit of a run folder; with `exact`, also where that needs a replay."""
+        self.store.refresh()
+        head = self.store[read_json(folder / "head.json")["commit"]]
+        if exact or self.store.has_moments(head):
+            state, settings = self.state_of(head)
+        else:
+            weights, settings = self.store.load_dictionary(head).to(self.state.dictionary.device), self.store.settings(head)
+            state = replace(TrainState.start(weights, seed=self.state.seed), step=head.step)
+        self.adopt(state, settings)
+        self.head = head
+        self.recorder = Recorder(json.loads((folder / "history.json").read_text()))
+
+    def _adopt_settings(self, settings: dict[str, Any]) -> None:
+        self.settings, self._method = settings, method_of(settings)
+        schedule = {k: settings[k] for k in ("lr", "warmup_steps", "decay_steps")}
+        self.state.schedule = replace(self.state.schedule, **schedule)
+        self.state.dead_after = settings["dead_after"]
+        self._method.retune(self.state.dictionary.nonlinearity)
+
+    def _set_head(self, commit: Commit) -> Commit:
+        root = self.store.folder.parent
+        write_file(root / "history.json", json.dumps(self.recorder.points).encode(), durable=False)
+        write_json(root / "head.json", {"commit": commit.id})
+        self.head = commit
+        self.generation += 1
+        return commit
+
+    def _require_head(self) -> Commit:
+        if self.head is None:
+            raise RuntimeError("this run has no commit yet; commit first.")
+        return self.head
+
+    def _has_converged(self) -> bool:
+        """The mean loss of the last 500 steps differs by less than 0.01 % from that of the 500 before."""
+        history = self.recorder.history()
+        ago, total = self.state.step - history.steps, history.losses["total"]
+        recent, former = total[ago <= COMMIT_EVERY], total[(ago > COMMIT_EVERY) & (ago <= 2 * COMMIT_EVERY)]
+        return len(former) > 0 and abs(recent.mean() - former.mean()) < 1e-4 * abs(former.mean())
+
+
+def method_of(settings: dict[str, Any]) -> Method:
+    """The method that JSON settings name, among those registered."""
+    return member(Method, settings["method"]["class"])(**settings["method"]["settings"])
+
+
+def settings_from(method: Method, values: dict[str, Any]) -> dict[str, Any]:
+    """The JSON settings of a method and of the training values."""
+    return {"method": {"class": type(method).__name__, "settings": settings_of(method)}, **values}
+
+
+def _differences(former: dict[str, Any], changed: dict[str, Any]) -> list[tuple[str, Any, Any]]:
+    flat = lambda s: {k: s[k] for k in SETTINGS} | {f"method.{k}": v for k, v in s["method"]["settings"].items()}
+    before, after = flat(former), flat(changed)
+    return [(k, before[k], after[k]) for k in after if before[k] != after[k]]
