@@ -105,10 +105,11 @@ def run(
         elif folder.is_dir() and any(folder.iterdir()):
             raise FileExistsError(f"run: {folder} holds files and no run. Name an empty or a new folder.")
         else:
+            data, recipe = _source(source, set_), _method(method, method_set)
             from sdl_explorer.session import Session
 
             settings |= {k: v for k, v in fixed.items() if v is not None}
-            session = Session(_source(source, set_), method=_method(method, method_set), device=device, **settings)
+            session = Session(data, method=recipe, device=device, **settings)
             session.save(folder)
         with session:
             _train(session, steps)

@@ -30,6 +30,20 @@ CHROMIUM_FLAGS = [
 ]
 
 
+SLOW_KINDS = {"tests/browser/": "browser", "tests/oracle/": "oracle", "tests/test_notebook": "notebook"}
+
+
+def pytest_collection_modifyitems(items):
+    """Marks by place; quick tests first, browsers last."""
+    for item in items:
+        place = item.path.relative_to(item.config.rootpath).as_posix()
+        for prefix, marker in SLOW_KINDS.items():
+            if place.startswith(prefix):
+                item.add_marker(marker)
+    order = [None, "slow", "notebook", "browser"]
+    items.sort(key=lambda item: max((order.index(mark.name) for mark in item.iter_markers() if mark.name in order), default=0))
+
+
 @pytest.fixture(params=DEVICES)
 def device(request) -> str:
     """Each device that is here."""
