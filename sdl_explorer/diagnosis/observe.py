@@ -1,0 +1,230 @@
+"""The one pass: stream an encoding once, in blocks of rows, and feed every finding that is asked for.
+
+A finding is a public function `f(dictionary, activations, **settings) -> frozen dataclass`, marked with the
+accumulator that it is built from:
+
+    class Counter(Accumulator):
+        def __init__(self, stream, *, floor=0): ...   # the settings that f declares
+        def add(self, rows): ...                      # one block
+        def result(self): ...                         # numpy and floats
+
+    @finding(Counter)
+    def count(dictionary, activations, floor=0):
+        return observe(dictionary, activations, [(count, {"floor": floor})])[0]
+"""
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from sdl_explorer.data.activations import Activations
+from sdl_explorer.models.dictionary import SparseDictionary
+
+FIRES = 1e-6  # latent i fires on x when z_i > FIRES * |W_enc_i| * |x|: rounding at an exact zero is not firing
+BLOCK_BYTES = 32 * 2**20  # of one block's dense pre-activations; a pass holds a few blocks of this size
+MOST_ROWS = 4096
+
+
+class Rows(NamedTuple):
+    """One block of rows, on the dictionary's device, after one forward pass.
+
+    `codes` (b, n_latents) is dense and zero wherever the latent does not fire, so `codes > 0` means fires.
+    """
+
+    start: int
+    inputs: Tensor
+    targets: Tensor  # the same tensor as inputs for an SAE
+    codes: Tensor
+    fired: Tensor
+    reconstruction: Tensor
+
+
+class Accumulator:
+    """What one finding keeps while the rows go by. Sums are O(n_latents * d) at most, never n x n_latents."""
+
+    def __init__(self, stream: "Stream"):
+        self.stream = stream
+
+    def add(self, rows: Rows) -> None:
+        raise TypeError(f"{type(self).__name__} has no add(rows); an accumulator needs one.")
+
+    def result(self):
+        raise TypeError(f"{type(self).__name__} has no result(); an accumulator needs one.")
+
+
+Shared = TypeVar("Shared", bound=Accumulator)
+
+
+class Stream:
+    """What every accumulator knows before the first row, and the accumulators that several findings share."""
+
+    def __init__(self, dictionary: SparseDictionary, activations: Activations, pulse: Callable[[], None] = lambda: None):
+        self.dictionary, self.activations, self.pulse = dictionary, activations, pulse
+        self.input_mean = _mean(activations.inputs).to(dictionary.device)
+        same = activations.targets is activations.inputs
+        self.target_mean = self.input_mean if same else _mean(activations.targets).to(dictionary.device)
+        self.shared: dict[type[Accumulator], Accumulator] = {}
+
+    def share(self, kind: type[Shared]) -> Shared:
+        """The one accumulator of this kind in this pass; it is fed once however many findings read it."""
+        if kind not in self.shared:
+            self.shared[kind] = kind(self)
+        return self.shared[kind]
+
+
+def finding(accumulator: type[Accumulator]) -> Callable[[Callable], Callable]:
+    """Mark a function as a finding that `observe` builds with this accumulator."""
+
+    def mark(function):
+        function.accumulator = accumulator
+        return function
+
+    return mark
+
+
+def declared_settings(function: Callable) -> tuple[str, ...]:
+    """Names of the settings that a finding takes, after dictionary and activations."""
+    return tuple(inspect.signature(function).parameters)[2:]
+
+
+def observe(
+    dictionary: SparseDictionary,
+    activations: Activations,
+    requests: Sequence,
+    *,
+    progress: Callable[[float], None] | None = None,
+    block: int | None = None,
+) -> list:
+    """Several findings from one pass over the rows.
+
+    `requests` holds findings or pairs (finding, settings); the results come back in that order, each equal to
+    calling the finding alone. `progress(done)` is called with a fraction in [0, 1] after each block, and again at
+    the same fraction during long work between blocks; an exception raised in it cancels the pass. `block` rows are
+    encoded at a time (None: about 32 MB of pre-activations). The encoder runs in eval mode without gradients on
+    the dictionary's device.
+
+    Raises ValueError for no rows, a wrong width, rows or weights that are not finite; TypeError for something
+    that is not a finding or a setting that it does not declare.
+    """
+    requests = [r if isinstance(r, tuple) else (r, {}) for r in requests]
+    for function, settings in requests:
+        _check_request(function, settings)
+    _check(dictionary, activations)
+    done = 0.0
+
+    def pulse():
+        if progress is not None:
+            progress(done)
+
+    with evaluating(dictionary):
+        stream = Stream(dictionary, activations, pulse)
+        wanted = [function.accumulator(stream, **settings) for function, settings in requests]
+        for rows in encoded(dictionary, activations, block):
+            for accumulator in (*stream.shared.values(), *wanted):
+                accumulator.add(rows)
+            done = (rows.start + len(rows.inputs)) / activations.n
+            pulse()
+        return [accumulator.result() for accumulator in wanted]
+
+
+@contextmanager
+def evaluating(dictionary: SparseDictionary) -> Iterator[None]:
+    """Eval mode and no gradients; the mode comes back afterwards."""
+    training = dictionary.training
+    dictionary.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        dictionary.train(training)
+
+
+def encoded(dictionary: SparseDictionary, activations: Activations, block: int | None = None) -> Iterator[Rows]:
+    """The rows in blocks, each encoded once. Call it inside `evaluating`."""
+    size = block_rows(max(dictionary.n_latents, dictionary.d_in, dictionary.d_out)) if block is None else block
+    like = dictionary.W_enc
+    reads = FIRES * like.float().norm(dim=1)
+    for start in range(0, activations.n, size):
+        inputs = activations.inputs[start : start + size].to(like)
+        targets = inputs if activations.targets is activations.inputs else activations.targets[start : start + size].to(like)
+        for side, values in (("inputs", inputs), ("targets", targets)):
+            _check_finite(side, values, start)
+        encoding = dictionary(inputs)
+        codes = encoding.latents.dense().float()
+        fired = codes > inputs.float().norm(dim=1, keepdim=True) * reads
+        yield Rows(start, inputs.float(), targets.float(), codes * fired, fired, encoding.reconstruction.float())
+
+
+def block_rows(widest: int) -> int:
+    """Rows in a block whose widest matrix, as a rule the pre-activations, takes at most BLOCK_BYTES."""
+    return min(max(1, BLOCK_BYTES // (4 * widest)), MOST_ROWS)
+
+
+class Moments(Accumulator):
+    """Per latent: how often it fires, the sum of its codes, and the moments behind its responses.
+
+        count = sum [z_i fires];  total = sum z_i
+        input_moment = sum z_i (x_p - mean x_p);  target_moment = sum z_i (x_r - mean x_r)
+
+    so that the response E[z_i x]/E[z_i] - E[x] is moment / total, without the cancellation of two large means.
+    Shapes (n_latents,) and (n_latents, d); the moments stay on the device, the rest is on the CPU in float64.
+    """
+
+    def __init__(self, stream: Stream):
+        super().__init__(stream)
+        dictionary = stream.dictionary
+        self.same = stream.activations.targets is stream.activations.inputs
+        self.n = 0
+        self.count = torch.zeros(dictionary.n_latents, dtype=torch.int64)
+        self.total = torch.zeros(dictionary.n_latents, dtype=torch.float64)
+        self.input_moment = torch.zeros(dictionary.n_latents, dictionary.d_in, device=dictionary.device)
+        shape = (dictionary.n_latents, dictionary.d_out)
+        self.target_moment = self.input_moment if self.same else torch.zeros(shape, device=dictionary.device)
+
+    def add(self, rows: Rows) -> None:
+        self.n += len(rows.inputs)
+        self.count += rows.fired.sum(dim=0).cpu()
+        self.total += rows.codes.sum(dim=0).cpu().double()
+        self.input_moment.addmm_(rows.codes.T, rows.inputs - self.stream.input_mean)
+        if not self.same:
+            self.target_moment.addmm_(rows.codes.T, rows.targets - self.stream.target_mean)
+
+
+def _mean(values: Tensor) -> Tensor:
+    total = sum((chunk.double() if chunk.device.type == "cpu" else chunk.float()).sum(dim=0) for chunk in values.split(MOST_ROWS))
+    return (total / len(values)).float()
+
+
+def _check_request(function, settings) -> None:
+    if not hasattr(function, "accumulator"):
+        raise TypeError(f"observe: {getattr(function, '__name__', function)!r} is not a finding; mark it with @finding(Accumulator).")
+    unknown = set(settings) - set(declared_settings(function))
+    if unknown:
+        raise TypeError(
+            f"{function.__name__}: no setting {sorted(unknown)[0]!r}; it takes {', '.join(declared_settings(function)) or 'none'}."
+        )
+
+
+def _check(dictionary: SparseDictionary, activations: Activations) -> None:
+    if activations.n == 0:
+        raise ValueError("observe: the activations have 0 rows; a finding needs at least one.")
+    widths = (activations.inputs.shape[1], activations.targets.shape[1])
+    if widths != (dictionary.d_in, dictionary.d_out):
+        raise ValueError(
+            f"observe: inputs and targets have {widths[0]} and {widths[1]} columns, and this dictionary reads "
+            f"{dictionary.d_in} and writes {dictionary.d_out}. Use the activations that it was trained on."
+        )
+    for name in ("W_enc", "b_enc", "W_dec", "b_dec"):
+        if not torch.isfinite(getattr(dictionary, name)).all():
+            raise ValueError(f"observe: {name} holds values that are not finite; training diverged. Revert to the last finite commit.")
+
+
+def _check_finite(side: str, values: Tensor, start: int) -> None:
+    finite = torch.isfinite(values).all(dim=1)
+    if not finite.all():
+        row = start + int((~finite).nonzero()[0])
+        raise ValueError(f"observe: row {row} of the {side} is not finite; leave such rows out (keep= in Stored) before looking.")
