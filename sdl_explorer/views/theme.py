@@ -55,7 +55,7 @@ _TOKENS = (  # one colour per latent: the first that applies wins
     Token("unseen", "Unseen", "silent so far, for less than a window", "#4F008C", "#9641D9", "▽", "inverted_triangle", hollow=True),
     Token("anchored", "Anchored", "held to a direction that we are told", "#009E73", "#009E73", "★", "star"),
     Token("matched", "Matched", "monosemantic: best decoder cosine reaches τ", "#0072B2", "#56B4E9", "●", "circle"),
-    Token("unmatched", "Unmatched", "alive, and no match reaches τ", "#333333", "#E6E6E6", "＋", "cross"),
+    Token("unmatched", "Unmatched", "alive, and no match reaches τ", "#333333", "#E6E6E6", "+", "cross"),
 )
 STATUSES: dict[str, Token] = {t.name: t for t in _TOKENS}
 
@@ -99,6 +99,17 @@ def classify_statuses(dead, unseen, anchored, best_cosine, tau: float) -> np.nda
     dead, unseen, anchored = (np.asarray(x, dtype=bool) for x in (dead, unseen, anchored))
     matched = np.zeros_like(dead) if best_cosine is None else np.nan_to_num(np.asarray(best_cosine, dtype=float), nan=-np.inf) >= tau
     return np.select([dead, unseen, anchored, matched], ["dead", "unseen", "anchored", "matched"], default="unmatched")
+
+
+def classify(health, alignment=None, pins=None, tau: float = 0.95) -> np.ndarray:
+    """One status name per latent from findings (`Health`, `Alignment`) and `Pins`; each may be None, not all."""
+    n = next(len(x) for x in (health and health.dead, alignment and alignment.anchored_latents) if x is not None)
+    anchored = np.zeros(n, dtype=bool) if alignment is None else alignment.anchored_latents.copy()
+    if pins is not None:
+        anchored[[int(i) for i in pins.latents]] = True
+    never = np.zeros(n, dtype=bool)
+    dead, unseen = (never, never) if health is None else (health.dead, health.unseen)
+    return classify_statuses(dead, unseen, anchored, alignment and alignment.per_latent.decoder_cosine, tau)
 
 
 def diverging_limits(values) -> tuple[float, float]:

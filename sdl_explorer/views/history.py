@@ -1,0 +1,252 @@
+"""What has happened: health over time, the timeline of commits, the log."""
+
+from typing import NamedTuple
+
+import holoviews as hv
+import numpy as np
+import pandas as pd
+from holoviews.core import Dimensioned
+
+from sdl_explorer.training.commits import Commit
+from sdl_explorer.training.history import History
+from sdl_explorer.views.frame import empty_table, frame, limits, log_limits
+from sdl_explorer.views.look import Look
+from sdl_explorer.views.theme import EDGE, LINES, MUTED, TEXT, commit_mark
+from sdl_explorer.views.view import Commits, view
+from sdl_explorer.views.words import NEVER_TRAINED, NO_LOG, count, plural
+
+Ghosts = tuple[History, ...]  # in `of`: the curves of branches that were left
+PLANNED = 500  # steps on the axis of a run that has not begun
+PANELS = ("dead", "loss", "L0")
+QUIET = ("start", "run", "auto", "manual")  # commits that change nothing
+
+
+class LogLine(NamedTuple):
+    """One sentence of the log, and the Python that did it."""
+
+    commit: str
+    step: int
+    kind: str
+    shape: str
+    sentence: str
+    python: str
+    on_branch: bool
+
+
+def lineage(commits: Commits, head: str | None) -> tuple[Commit, ...]:
+    """The checked-out commit (None: the newest) and its ancestors, oldest first."""
+    by_id = {c.id: c for c in commits}
+    line, at = [], by_id.get(head, commits[-1] if commits else None)
+    while at is not None:
+        line.append(at)
+        at = by_id.get(at.parent)
+    return tuple(reversed(line))
+
+
+def log_lines(commits: Commits | None, look: Look = Look()) -> tuple[LogLine, ...]:  # noqa: B008 - Look is frozen
+    """C5: one sentence per commit, newest first. Where there are none, show `words.NO_LOG`."""
+    own = {c.id for c in lineage(commits or (), look.head)}
+    return tuple(
+        LogLine(c.id, c.step, c.kind, commit_mark(c.kind).shape, _sentence(c), c.python, c.id in own) for c in reversed(commits or ())
+    )
+
+
+def log_reading(commits: Commits | None) -> str:
+    return f"{plural(len(commits), 'commit')}. The newest: {_sentence(commits[-1])}." if commits else NO_LOG
+
+
+def _sentence(commit: Commit) -> str:
+    return f"step {count(commit.step)}: {commit.message or commit_mark(commit.kind).word}"
+
+
+# R2 ------------------------------------------------------------------------------------------------------------------
+
+
+@view("How healthy has training been, and what changed it?", id="R2", of=(History, Ghosts, Commits), page="overview", cost="live")
+def health_over_time(history, ghosts, commits, look):
+    """Dead share, loss and L0 over steps, one above the other; interventions are ticks, branches that were left are faint."""
+    commits, runs = commits or (), (history, *(ghosts or ()))
+    top = max([1, *(int(h.steps[-1]) for h in runs if len(h.steps)), *(c.step for c in commits)], default=1)
+    xlim = (0.0, 1.02 * (top if top > 1 else PLANNED))
+    curves = {name: [_curve(h, name, look) for h in runs] for name in PANELS}
+    return hv.Layout([_panel(name, curves[name], xlim, commits, look) for name in PANELS]).cols(1).opts(shared_axes=True, merge_tools=True)
+
+
+@health_over_time.reading
+def _(history, ghosts, commits, look):
+    if history is None or not len(history.steps):
+        return NEVER_TRAINED
+    dead, label = _dead(history, look)
+    changes = [c for c in commits or () if c.kind not in QUIET]
+    total = _total(history)
+    return (
+        f"Step {count(history.steps[-1])}: {label} {dead[-1]:.3g}, loss {total[-1]:.4g}, L0 {history.l0[-1]:.3g}; "
+        f"{plural(len(changes), 'change')} of the model so far."
+    )
+
+
+@health_over_time.table
+def _(history, ghosts, commits, look):
+    if history is None:
+        return empty_table("step", "loss", "L0", "dead latents")
+    total = _total(history)
+    return pd.DataFrame({"step": history.steps, "loss": total, "L0": history.l0, _dead(history, look)[1]: _dead(history, look)[0]})
+
+
+@health_over_time.empty
+def _(history, ghosts, commits, look):
+    return NEVER_TRAINED if history is None else None
+
+
+def _curve(history: History, name: str, look: Look) -> tuple[np.ndarray, np.ndarray]:
+    """Steps and values of one panel; what a logarithmic axis cannot show is left out."""
+    if name == "dead":
+        return history.steps, _dead(history, look)[0]
+    if name == "L0":
+        return history.steps, history.l0
+    total = _total(history)
+    return history.steps, np.where(total > 0, total, np.nan)
+
+
+def _total(history: History) -> np.ndarray:
+    return history.losses.get("total", np.full(len(history.steps), np.nan))
+
+
+def _dead(history: History, look: Look) -> tuple[np.ndarray, str]:
+    return (history.dead, "dead latents") if not look.n_latents else (100 * history.dead / look.n_latents, "dead %")
+
+
+def _panel(name: str, curves: list, xlim, commits: Commits, look: Look) -> Dimensioned:
+    last, theme = name == PANELS[-1], look.theme
+    values = np.concatenate([v for _, v in curves])
+    ylim = log_limits(values) if name == "loss" else (0.0, max(1.0, limits(values)[1]))
+    colour = {"dead": MUTED, "loss": LINES["decoder"], "L0": LINES["response"]}[name][theme]
+    layers = [hv.Curve(curve, "step", name).opts(color=colour, line_width=1.5, alpha=0.35) for curve in curves[1:]]
+    layers += [
+        hv.Curve(curves[0], "step", name).opts(color=colour, line_width=2, tools=["hover"]),
+        *_ticks(commits, ylim, look, log=name == "loss"),
+    ]
+    if look.step is not None:
+        layers.append(hv.VLine(look.step).opts(color=TEXT[theme], line_width=1.5, line_dash="dashed"))
+    label = {"dead": "dead %" if look.n_latents else "dead latents", "loss": "loss (log)", "L0": "L0"}[name]
+    has_legend = last and any(c.kind not in QUIET for c in commits)
+    return frame(
+        hv.Overlay(layers),
+        look,
+        xlim=xlim,
+        ylim=ylim,
+        xlabel="step" if last else "",
+        ylabel=label,
+        height=(205 if has_legend else 175) if last else 135,
+        legend="bottom" if has_legend else None,
+        logy=name == "loss",
+        **({} if last else {"xaxis": "bare"}),
+    )
+
+
+def _ticks(commits: Commits, ylim, look: Look, log: bool) -> list[Dimensioned]:
+    """Interventions as thin lines with their mark at the top; those of other branches are ghosts."""
+    own, layers = {c.id for c in lineage(commits, look.head)}, []
+    height = ylim[0] * (ylim[1] / ylim[0]) ** 0.92 if log else ylim[0] + 0.92 * (ylim[1] - ylim[0])
+    for kind in dict.fromkeys(c.kind for c in commits if c.kind not in QUIET):
+        of_kind = [c for c in commits if c.kind == kind]
+        mark, colour = commit_mark(kind), TEXT[look.theme]
+        rows = pd.DataFrame({"step": [c.step for c in of_kind], "at": height, "alpha": [0.9 if c.id in own else 0.25 for c in of_kind]})
+        layers.append(
+            hv.VLines(rows, "step", "alpha").opts(color=EDGE[look.theme], alpha=hv.dim("alpha") * 0.6, line_width=1, apply_ranges=False)
+        )
+        points = hv.Points(rows, ["step", "at"], "alpha", label=f"{mark.shape} {mark.word}")
+        layers.append(points.opts(marker=mark.marker, color=colour, alpha="alpha", size=10, apply_ranges=False))
+    return layers
+
+
+# timeline ------------------------------------------------------------------------------------------------------------
+
+
+@view("Where in the history of the model are we?", id="timeline", of=(Commits,), page="run bar", cost="live")
+def timeline(commits, look):
+    """Commits as marks over steps; the way to the checked-out commit in front, other branches as ghost lines below it."""
+    rows = _lanes(commits, look.head)
+    theme, top = look.theme, max([*rows["step"], 1])
+    layers = []
+    for own, colour, width in ((False, MUTED[theme], 1), (True, TEXT[theme], 2)):
+        ways = _ways(rows[rows["on_branch"] == own], rows)
+        layers.append(hv.Path(ways, ["step", "lane"]).opts(color=colour, line_width=width, alpha=1.0 if own else 0.5))
+    markers = [commit_mark(kind).marker for kind in rows["kind"]]
+    marks = hv.Points(
+        rows.assign(marker=markers, alpha=np.where(rows["on_branch"], 1.0, 0.5)),
+        ["step", "lane"],
+        [*rows.columns[2:], "marker", "alpha"],
+    )
+    tips = [("step", "@step"), ("commit", "@commit"), ("what", "@message")]
+    layers.append(marks.opts(marker="marker", alpha="alpha", color=TEXT[theme], size=10, tools=["hover", "tap"], hover_tooltips=tips))
+    head = rows[rows["head"]]
+    ring = hv.Points(head, ["step", "lane"], label="here").opts(color=TEXT[theme], fill_alpha=0, line_width=2, size=20)
+    layers.append(ring)
+    lowest = rows["lane"].min() if len(rows) else 0
+    return frame(
+        hv.Overlay(layers),
+        look,
+        xlim=(-0.02 * top, 1.02 * top),
+        ylim=(lowest - 0.7, 0.7),
+        xlabel="step",
+        ylabel="",
+        height=90 + 18 * int(-lowest),
+        legend=None,
+        yaxis=None,
+        toolbar=None,
+        default_tools=[],
+        show_grid=False,
+    )
+
+
+@timeline.reading
+def _(commits, look):
+    if not commits:
+        return NO_LOG
+    rows = _lanes(commits, look.head)
+    head = rows[rows["head"]].iloc[0]
+    others = int((rows["lane"].unique() < 0).sum())
+    where = f"At step {count(head['step'])}, commit {head['commit']} ({head['message']})"
+    return f"{where}; {plural(len(rows), 'commit')}, {plural(others, 'other branch', 'other branches')}."
+
+
+@timeline.table
+def _(commits, look):
+    return _lanes(commits or (), look.head)
+
+
+@timeline.empty
+def _(commits, look):
+    return None if commits else NO_LOG
+
+
+def _lanes(commits: Commits, head: str | None) -> pd.DataFrame:
+    """Lane 0 is the way to the head; every other line of descent gets the next lane below."""
+    line = lineage(commits, head)
+    own, lanes, last = {c.id for c in line}, {c.id: 0 for c in line}, {}
+    for c in commits:
+        if c.id not in lanes:
+            lane = lanes.get(c.parent, 0)
+            free = lane < 0 and last.get(lane) == c.parent
+            lanes[c.id] = lane if free else min([0, *last]) - 1
+            last[lanes[c.id]] = c.id
+    here = line[-1].id if line else None
+    return pd.DataFrame(
+        {
+            "step": [c.step for c in commits],
+            "lane": [lanes[c.id] for c in commits],
+            "commit": [c.id for c in commits],
+            "parent": [c.parent or "" for c in commits],
+            "kind": [c.kind for c in commits],
+            "message": [c.message or commit_mark(c.kind).word for c in commits],
+            "on_branch": [c.id in own for c in commits],
+            "head": [c.id == here for c in commits],
+        }
+    )
+
+
+def _ways(some: pd.DataFrame, rows: pd.DataFrame) -> list[np.ndarray]:
+    """From each commit's parent to it."""
+    place = {r.commit: (r.step, r.lane) for r in rows.itertuples()}
+    return [np.array([place[r.parent], place[r.commit]], dtype=float) for r in some.itertuples() if r.parent in place]

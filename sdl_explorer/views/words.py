@@ -1,0 +1,46 @@
+"""Fixed words: what a card says when there is nothing to draw. Tests compare these strings."""
+
+NO_TRUTH = "No ground truth: recovery cannot be computed. Add anchors or class means →"
+NO_SELECTION = "Select a latent: click a point, or press / to search. [Worst] [Random]"
+NO_COMMITS = "No intervention yet. Train, then change something on page 5; the comparison appears here."
+NO_ANCHORS = "No anchors. Select a true feature, a class mean or a vector, then [Anchor]."
+NEVER_TRAINED = "Nothing trained yet. [▸▸ Train 500 steps]"
+NO_LOG = "Nothing has happened yet. Press ▸▸ to train 500 steps."
+NOT_COMPUTED = "Not computed yet."
+NO_PREVIEW = "No change is being previewed. Select latents, then open a preview with R or A."
+PIXELS = "Each pixel counts latents."
+
+
+def no_dead(window: int | None) -> str:
+    """When no latent is dead."""
+    silent = "for a whole window of samples" if window is None else f"for {count(window)} samples"
+    return f"No latent has been silent {silent}. Nothing to resample."
+
+
+def too_few_pairs(n: int, needed: int = 5) -> str:
+    """When a comparison has fewer pairs than a verdict needs."""
+    return f"n = {n}: at least {needed} seeds are needed to read this. [Run {needed - n} more]"
+
+
+def never_fired(n_samples: int) -> str:
+    """Instead of examples of a latent that is silent."""
+    return f"Never fired in {count(n_samples)} samples."
+
+
+def not_finite(step: int) -> str:
+    """Over one card whose numbers are not finite."""
+    return f"Not a number at step {count(step)}. [Go to last finite commit]"
+
+
+def count(number: float) -> str:
+    """An integer with its thousands apart: 1 240."""
+    return f"{int(number):,}".replace(",", " ")
+
+
+def cosine(value: float) -> str:
+    """A cosine with two decimals, and words for not-a-number."""
+    return "unknown" if value != value else f"{value:.2f}"
+
+
+def plural(number: int, noun: str, nouns: str = "") -> str:
+    return f"{count(number)} {noun if number == 1 else nouns or noun + 's'}"
