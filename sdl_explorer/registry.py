@@ -41,7 +41,7 @@ def member(family: type[Family], name: str) -> type[Family]:
 
 
 def load_entry_points(kind: str) -> None:
-    """Import once what other packages offer for "sources", "methods", "interventions" or "views".
+    """Import once what other packages offer as "sources", "methods" or "interventions".
 
     A package that does not import is left out with a warning: it must not keep the rest from starting.
     """

@@ -13,19 +13,6 @@ from sdl_explorer import __version__, cli
 from sdl_explorer.data.bench import LinearBench
 
 SMALL = ["--n-latents=32", "--batch-size=64", "--set=n_features=24", "--set=d_in=12", "--set=sparsity=0.9", "--method-set=k=3"]
-    "--set",
-    "n_features=24",
-    "--set",
-    "d_in=12",
-    "--set",
-    "sparsity=0.9",
-    "--method-set",
-    "k=3",
-    "--n-latents",
-    "32",
-    "--batch-size",
-    "64",
-]
 
 
 @pytest.fixture
