@@ -30,7 +30,8 @@ class Examples:
     """What row i *is*: piece `position[i]` of document `document[i]`.
 
     A document is a tuple of text pieces (tokens; a plain string is a document of one piece) or, for
-    images, a title beside its thumbnail. Subsets share the documents.
+    images, a title beside its thumbnail. A document of one piece describes all of its rows, whatever their
+    position. Subsets share the documents.
     """
 
     documents: tuple[tuple[str, ...], ...]
@@ -40,9 +41,7 @@ class Examples:
 
     def __post_init__(self):
         if len(self.document) != len(self.position):
-            raise ValueError(
-                f"Examples: {len(self.document)} document ids and {len(self.position)} positions; give one of each per row."
-            )
+            raise ValueError(f"Examples: {len(self.document)} document ids and {len(self.position)} positions; give one of each per row.")
 
     def __len__(self) -> int:
         return len(self.document)
@@ -57,11 +56,14 @@ class Examples:
         return replace(self, document=self.document[rows], position=self.position[rows])
 
     def piece(self, row: int) -> str:
-        return self.documents[self.document[row]][self.position[row]]
+        pieces = self.documents[self.document[row]]
+        return pieces[0] if len(pieces) == 1 else pieces[self.position[row]]
 
     def context(self, row: int, width: int = 12) -> Passage:
         """The `width` pieces on either side of row's piece, with their positions in the document."""
         pieces, at = self.documents[self.document[row]], int(self.position[row])
+        if len(pieces) == 1:
+            return Passage(pieces, 0, (at,))
         start, stop = max(0, at - width), min(len(pieces), at + width + 1)
         return Passage(tuple(pieces[start:stop]), at - start, tuple(range(start, stop)))
 
