@@ -26,8 +26,8 @@ def pins(latents, weight=1.0, hard=False):
 def test_from_truth_gives_the_chosen_features_on_both_sides():
     data = LinearBench(n_features=10, d_in=12, kind="transcoder", d_out=9).batch(0, 3)
     anchors = Anchors.from_truth(data, features=[7, 2])
-    assert torch.equal(anchors.inputs, data.truth.input_features[[7, 2]])
-    assert torch.equal(anchors.targets, data.truth.target_features[[7, 2]])
+    torch.testing.assert_close(anchors.inputs, data.truth.input_features[[7, 2]])
+    torch.testing.assert_close(anchors.targets, data.truth.target_features[[7, 2]])
     assert (anchors.names, anchors.features) == (("feature 7", "feature 2"), (7, 2))
     assert len(Anchors.from_truth(data.truth)) == 10
     with pytest.raises(ValueError, match="feature 10 does not exist"):

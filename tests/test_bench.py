@@ -115,7 +115,7 @@ def test_settings_that_contradict_each_other_are_refused():
         LinearBench(d_in=20, d_out=30)
     with pytest.raises(ValueError, match="sparsity"):
         LinearBench(sparsity=1.5)
-    with pytest.raises(TypeError, match="constant"):
+    with pytest.raises(TypeError, match="Constant"):
         LinearBench().seed = 3
 
 

@@ -40,8 +40,8 @@ class Anchors:
         return self.inputs.shape[0]
 
     @classmethod
-    def from_rows(cls, inputs: Tensor, targets: Tensor | None = None, names=()) -> "Anchors":
-        """Any vectors, normalised. `targets=None` uses the inputs on both sides (an SAE)."""
+    def from_rows(cls, inputs, targets=None, names=()) -> "Anchors":
+        """Any vectors (tensor, array or lists), normalised. `targets=None` uses the inputs on both sides (an SAE)."""
         inputs = torch.atleast_2d(torch.as_tensor(inputs, dtype=torch.float32))
         targets = inputs if targets is None else torch.atleast_2d(torch.as_tensor(targets, dtype=torch.float32))
         names = tuple(names) or tuple(f"anchor {i}" for i in range(len(inputs)))
