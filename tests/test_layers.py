@@ -11,14 +11,16 @@ from sdl_explorer import _HOME
 ROOT = Path(__file__).resolve().parent.parent / "sdl_explorer"
 
 ENGINE = {"data", "models", "training", "diagnosis"}
+RECORDS = {f"training.{name}" for name in ("commits", "history", "interventions", "plan", "state")} | {"data.activations", "data.anchors"}
 LAYERS = {
     "data": set(),
     "models": {"data"},
     "training": {"data", "models"},
     "diagnosis": {"data", "models", "training"},
-    "session": ENGINE,
+    "control": ENGINE,
+    "session": ENGINE | {"control"},
     "state": ENGINE | {"session"},
-    "views": {"diagnosis", "training.history", "training.interventions", "training.commits", "training.state"},
+    "views": {"diagnosis", *RECORDS},
     "widgets": ENGINE | {"session", "state", "views"},
     "app": ENGINE | {"session", "state", "views", "widgets"},
     "cli": ENGINE | {"session", "app", "doctor"},
@@ -100,6 +102,7 @@ def test_imports_point_left(path):
         ("views.health", "from sdl_explorer.state import ExplorerState"),
         ("views.health", "import panel as pn"),
         ("views.health", "from sdl_explorer.models import dictionary"),
+        ("views.health", "from sdl_explorer.training.loop import train"),
         ("session", "from sdl_explorer.app.explorer import Explorer"),
         ("state", "import holoviews as hv"),
         ("training.loop", "from sklearn.decomposition import PCA"),
