@@ -140,17 +140,20 @@ class _Aligner(Accumulator):
         response, response_feature, response_cosine = self._search_responses()
         matching, matching_cosine, mcc = self._matched()
         f1 = self._f1()
-        blocks = self.stream.activations.blocks
-        by_block = [self._within(block) for block in blocks]
+        within_feature, within_latent = self._within_blocks()
         n_features, n_latents = len(self.features.names), self.stream.dictionary.n_latents
-        empty = (np.zeros((0, n_features), np.float32),) * 2 + (np.zeros((0, n_latents), np.float32),) * 2
-        block_encoder, block_decoder, *per_block = (np.stack(part) for part in zip(*by_block, strict=True)) if blocks else empty
         return Alignment(
             of=self.features.of,
             n_samples=self.moments.n,
             names=self.features.names,
             best={**self.rows_done, "response": response},
-            per_latent=PerLatent(*self.per_latent, response_feature, response_cosine, *per_block),
+            per_latent=PerLatent(
+                **self.per_latent,
+                response_feature=response_feature,
+                response_cosine=response_cosine,
+                block_encoder=within_latent[0],
+                block_decoder=within_latent[1],
+            ),
             matching=matching,
             matching_cosine=matching_cosine,
             matching_note=self.matcher.note if self.matcher else "matching was not asked for",
@@ -160,9 +163,9 @@ class _Aligner(Accumulator):
             chance=Chance(n_latents, n_features, self.stream.dictionary.d_in, self.stream.dictionary.d_out),
             anchored_features=self.anchored.cpu().numpy(),
             anchored_latents=self.held.cpu().numpy(),
-            block_names=tuple(block.name for block in blocks),
-            block_encoder=block_encoder,
-            block_decoder=block_decoder,
+            block_names=tuple(block.name for block in self.stream.activations.blocks),
+            block_encoder=within_feature[0],
+            block_decoder=within_feature[1],
         )
 
     def _search_rows(self) -> dict[str, Best]:
@@ -184,25 +187,33 @@ class _Aligner(Accumulator):
             smaller = torch.minimum(reads, writes)
             running["minimum"].add(smaller, torch.minimum(reads.abs_(), writes.abs_()).amax(dim=1), latents, held)
             self.stream.pulse()
-        parts = (encoder_feature, encoder_cosine, decoder_feature, decoder_cosine, encoder_at_decoder)
-        self.per_latent = tuple(part.cpu().numpy() for part in parts)
+        self.per_latent = {
+            "encoder_feature": encoder_feature.cpu().numpy(),
+            "encoder_cosine": encoder_cosine.cpu().numpy(),
+            "decoder_feature": decoder_feature.cpu().numpy(),
+            "decoder_cosine": decoder_cosine.cpu().numpy(),
+            "encoder_at_decoder": encoder_at_decoder.cpu().numpy(),
+        }
         return {side: best.best() for side, best in running.items()}
 
     def _search_responses(self) -> tuple[Best, np.ndarray, np.ndarray]:
         # the moment is the response times sum z_i > 0: the same direction
         return best_latents(self.moments.input_moment, self.features.inputs, self.held, self.stream.pulse)
 
-    def _within(self, block) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """Best cosines within one source, per feature, and each latent's at the decoder's best feature."""
-        dictionary, chosen = self.stream.dictionary, torch.as_tensor(self.per_latent[2], device=self.held.device)
-        per_feature, per_latent = [], []
-        for rows, directions in (
-            (dictionary.W_enc[:, block.inputs], self.features.inputs[:, block.inputs]),
-            (dictionary.W_dec[:, block.targets], self.features.targets[:, block.targets]),
-        ):
-            per_feature.append(best_latents(rows, unit(directions), self.held, self.stream.pulse)[0].cosine)
-            per_latent.append(row_cosines(rows, directions, chosen))
-        return (*per_feature, *per_latent)
+    def _within_blocks(self) -> tuple[np.ndarray, np.ndarray]:
+        """Within each source, for encoder and decoder: each feature's best cosine (2, n_blocks, n_features), and each
+        latent's cosine with the decoder's best feature (2, n_blocks, n_latents)."""
+        dictionary, features, blocks = self.stream.dictionary, self.features, self.stream.activations.blocks
+        chosen = torch.as_tensor(self.per_latent["decoder_feature"], device=self.held.device)
+        by_feature = np.zeros((2, len(blocks), len(features.names)), dtype=np.float32)
+        by_latent = np.zeros((2, len(blocks), dictionary.n_latents), dtype=np.float32)
+        for b, block in enumerate(blocks):
+            reads = (dictionary.W_enc[:, block.inputs], features.inputs[:, block.inputs])
+            writes = (dictionary.W_dec[:, block.targets], features.targets[:, block.targets])
+            for side, (rows, directions) in enumerate((reads, writes)):
+                by_feature[side, b] = best_latents(rows, unit(directions), self.held, self.stream.pulse)[0].cosine
+                by_latent[side, b] = row_cosines(rows, directions, chosen)
+        return by_feature, by_latent
 
     def _matched(self) -> tuple[np.ndarray, np.ndarray, float]:
         if self.matcher is None:

@@ -44,10 +44,9 @@ class Matcher:
 
     def solve(self, signed: bool = True) -> tuple[np.ndarray, np.ndarray]:
         """Each feature's latent (int, -1 for none) and the cosine of the pair (0 for none)."""
-        return self._dense(signed) if self.whole is not None else self._sparse(signed)
+        return self._sparse(signed) if self.whole is None else self._dense(self.whole if signed else np.abs(self.whole))
 
-    def _dense(self, signed: bool):
-        scores = self.whole if signed else np.abs(self.whole)
+    def _dense(self, scores: np.ndarray):
         rows, columns = linear_sum_assignment(scores, maximize=True)
         return self._result(rows, columns, scores[rows, columns])
 

@@ -16,7 +16,7 @@ accumulator that it is built from:
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ from sdl_explorer.data.activations import Activations
 from sdl_explorer.models.dictionary import SparseDictionary
 
 FIRES = 1e-6  # latent i fires on x when z_i > FIRES * |W_enc_i| * |x|: rounding at an exact zero is not firing
-BLOCK_BYTES = 32 * 2**20  # of one block's dense pre-activations; a pass holds a few blocks of this size
+BLOCK_BYTES = 16 * 2**20  # of one block's dense pre-activations; a pass holds a few blocks of this size
 MOST_ROWS = 4096
 
 
@@ -73,7 +73,7 @@ class Stream:
         """The one accumulator of this kind in this pass; it is fed once however many findings read it."""
         if kind not in self.shared:
             self.shared[kind] = kind(self)
-        return self.shared[kind]
+        return cast(Shared, self.shared[kind])
 
 
 def finding(accumulator: type[Accumulator]) -> Callable[[Callable], Callable]:
@@ -104,7 +104,7 @@ def observe(
     `requests` holds findings or pairs (finding, settings); the results come back in that order, each equal to
     calling the finding alone. `progress(done)` is called with a fraction in [0, 1] after each block, and again at
     the same fraction during long work between blocks; an exception raised in it cancels the pass. `block` rows are
-    encoded at a time (None: about 32 MB of pre-activations). The encoder runs in eval mode without gradients on
+    encoded at a time (None: about 16 MB of pre-activations). The encoder runs in eval mode without gradients on
     the dictionary's device.
 
     Raises ValueError for no rows, a wrong width, rows or weights that are not finite; TypeError for something
@@ -153,10 +153,11 @@ def encoded(dictionary: SparseDictionary, activations: Activations, block: int |
         targets = inputs if activations.targets is activations.inputs else activations.targets[start : start + size].to(like)
         for side, values in (("inputs", inputs), ("targets", targets)):
             _check_finite(side, values, start)
-        encoding = dictionary(inputs)
-        codes = encoding.latents.dense().float()
+        latents, reconstruction, _ = dictionary(inputs)
+        codes = latents.dense().float()
+        del latents, _  # a block is large where there are many latents
         fired = codes > inputs.float().norm(dim=1, keepdim=True) * reads
-        yield Rows(start, inputs.float(), targets.float(), codes * fired, fired, encoding.reconstruction.float())
+        yield Rows(start, inputs.float(), targets.float(), codes * fired, fired, reconstruction.float())
 
 
 def block_rows(widest: int) -> int:
@@ -195,8 +196,8 @@ class Moments(Accumulator):
 
 
 def _mean(values: Tensor) -> Tensor:
-    total = sum((chunk.double() if chunk.device.type == "cpu" else chunk.float()).sum(dim=0) for chunk in values.split(MOST_ROWS))
-    return (total / len(values)).float()
+    sums = torch.stack([chunk.cpu().double().sum(dim=0) for chunk in values.split(MOST_ROWS)])
+    return (sums.sum(dim=0) / len(values)).float()
 
 
 def _check_request(function, settings) -> None:
