@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import param
-from filelock import FileLock, Timeout
+from filelock import FileLock
 
 from sdl_explorer.data.sources import Generated, Source
 from sdl_explorer.data.store import Stored
@@ -70,7 +70,7 @@ class RunLock:
             return False
         try:
             self._file.acquire(timeout=0)
-        except Timeout:
+        except OSError:  # somebody holds it (filelock.Timeout), or the folder is read-only
             return False
         self._write()
         return True
