@@ -22,13 +22,13 @@ from sdl_explorer.control import controlled
 from sdl_explorer.data.anchors import Anchors, Pins
 from sdl_explorer.data.sources import Source, stream
 from sdl_explorer.diagnosis.compare import Control
+from sdl_explorer.diagnosis.continuation import continued_method
 from sdl_explorer.diagnosis.observe import declared_settings, observe
 from sdl_explorer.diagnosis.preflight import Preflight, preflight
 from sdl_explorer.models.atomic import write_file
 from sdl_explorer.models.dictionary import SparseDictionary
 from sdl_explorer.models.methods import Method, TopK
 from sdl_explorer.training.commits import Commit, CommitStore
-from sdl_explorer.training.continuation import continued_method
 from sdl_explorer.training.folder import RunLock, read_json, restore_source, settings_of, source_record, write_json
 from sdl_explorer.training.history import History
 from sdl_explorer.training.interventions import Anchor, Intervention, Release, Resample
