@@ -5,7 +5,7 @@ SAE, transcoder or crosscoder is a property of the data; a variant is a `Method`
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -22,7 +22,7 @@ class Latents:
 
     def __init__(self, values: Tensor, indices: Tensor | None = None, offsets: Tensor | None = None, n_latents: int | None = None):
         self.values, self.indices, self.offsets = values, indices, offsets
-        self.n_latents = values.shape[1] if indices is None else int(n_latents)
+        self.n_latents = int(values.shape[1]) if n_latents is None else n_latents
 
     @classmethod
     def rows_of(cls, values: Tensor, indices: Tensor, n_latents: int) -> "Latents":
@@ -37,12 +37,19 @@ class Latents:
 
     @property
     def n(self) -> int:
-        return self.values.shape[0] if not self.is_sparse else len(self.offsets) - 1
+        return len(self.values) if self.offsets is None else len(self.offsets) - 1
+
+    @property
+    def layout(self) -> tuple[Tensor, Tensor]:
+        """`indices` and `offsets` (sparse only)."""
+        if self.indices is None or self.offsets is None:
+            raise TypeError("Latents: dense codes have no indices and offsets; read .values, or entries() of either kind.")
+        return self.indices, self.offsets
 
     @property
     def row(self) -> Tensor:
         """The row of each stored entry (sparse only)."""
-        return torch.repeat_interleave(torch.arange(self.n, device=self.values.device), self.offsets.diff())
+        return torch.repeat_interleave(torch.arange(self.n, device=self.values.device), self.layout[1].diff())
 
     @property
     def l0(self) -> Tensor:
@@ -53,7 +60,7 @@ class Latents:
         if not self.is_sparse:
             return self.values
         codes = self.values.new_zeros(self.n, self.n_latents)
-        return codes.index_put((self.row, self.indices), self.values)
+        return codes.index_put((self.row, self.layout[0]), self.values)
 
     def by_latent(self, rows) -> Float[Tensor, "n chosen"]:
         """The codes of the given latents alone, one column each."""
@@ -62,7 +69,7 @@ class Latents:
             return self.values[:, rows]
         place = torch.full((self.n_latents,), -1, device=self.values.device)
         place[rows] = torch.arange(len(rows), device=self.values.device)
-        column = place[self.indices]
+        column = place[self.layout[0]]
         kept = column >= 0
         codes = self.values.new_zeros(self.n, len(rows))
         return codes.index_put((self.row[kept], column[kept]), self.values[kept])
@@ -70,7 +77,7 @@ class Latents:
     def entries(self, threshold: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """(row, latent, value) of every code above zero, or above a threshold of shape (n, 1), by row."""
         if self.is_sparse:
-            row, latent, value = self.row, self.indices, self.values
+            row, latent, value = self.row, self.layout[0], self.values
             kept = value > (0 if threshold is None else threshold.reshape(-1)[row])
             return row[kept], latent[kept], value[kept]
         row, latent = (self.values > (0 if threshold is None else threshold)).nonzero(as_tuple=True)
@@ -80,7 +87,7 @@ class Latents:
         """Which latents are above zero in some row, bool (n_latents,)."""
         if not self.is_sparse:
             return (self.values > 0).any(dim=0)
-        return self.values.new_zeros(self.n_latents).scatter_reduce_(0, self.indices, self.values, "amax") > 0
+        return self.values.new_zeros(self.n_latents).scatter_reduce_(0, self.layout[0], self.values, "amax") > 0
 
     def detach(self) -> "Latents":
         return Latents(self.values.detach(), self.indices, self.offsets, self.n_latents)
@@ -134,6 +141,8 @@ class SparseDictionary(nn.Module):
 
     `nonlinearity=None` is ReLU; a missing bias becomes zeros.
     """
+
+    nonlinearity: Any  # a Nonlinearity; a method knows which, and reads that member's own attributes
 
     def __init__(self, W_enc, W_dec, b_enc=None, b_dec=None, nonlinearity=None, *, subtract_b_dec: bool = False):
         super().__init__()
@@ -191,10 +200,11 @@ class SparseDictionary(nn.Module):
             latents = Latents(latents)
         if not latents.is_sparse:
             return latents.values @ self.W_dec + self.b_dec
+        indices, offsets = latents.layout
         bags = F.embedding_bag(
-            latents.indices,
+            indices,
             self.W_dec,
-            latents.offsets,
+            offsets,
             mode="sum",
             per_sample_weights=latents.values,
             include_last_offset=True,

@@ -19,7 +19,7 @@ def weighted_l1(latents: Latents, dictionary: SparseDictionary) -> Tensor:
     """mean_r sum_i z_i |W_dec_i|: cannot be shrunk away by growing the decoder (Conerly et al. 2024)."""
     norms = dictionary.W_dec.norm(dim=1)
     if latents.is_sparse:
-        return (latents.values * norms[latents.indices]).sum() / latents.n
+        return (latents.values * norms[latents.layout[0]]).sum() / latents.n
     return (latents.values @ norms).mean()
 
 

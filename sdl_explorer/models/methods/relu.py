@@ -14,6 +14,7 @@ class Rectified(Nonlinearity):
 
     homogeneous = True
     masks_only = True
+    log_scale: Tensor
 
     def __init__(self):
         super().__init__()

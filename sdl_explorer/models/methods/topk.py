@@ -32,6 +32,8 @@ class BatchTopKSelection(Nonlinearity):
     batches of the smallest positive value kept."""
 
     masks_only = True
+    threshold: Tensor
+    n_averaged: Tensor
 
     def __init__(self, k: int):
         super().__init__()
