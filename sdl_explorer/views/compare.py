@@ -1,14 +1,16 @@
 """Did it help, and more than simply training on? Dumbbells per feature, and the scoreboard with its controls."""
 
+from dataclasses import replace
+
 import holoviews as hv
 import numpy as np
 import pandas as pd
 
 from sdl_explorer.diagnosis.alignment import Alignment, align
 from sdl_explorer.diagnosis.compare import ENOUGH, Change, Control, change_per_feature
-from sdl_explorer.views.frame import empty_table, finite, frame, limits, row_ticks, sample
+from sdl_explorer.views.frame import drawable, empty_table, finite, frame, limits, row_ticks, sample
 from sdl_explorer.views.look import Look
-from sdl_explorer.views.theme import EDGE, FONT, LINES, MUTED, TEXT
+from sdl_explorer.views.theme import EDGE, LINES, MUTED, TEXT
 from sdl_explorer.views.view import Before, view
 from sdl_explorer.views.words import NO_COMMITS, NO_TRUTH, count, plural, too_few_pairs
 
@@ -31,14 +33,12 @@ def dumbbells(before, after, look):
 
     Row k of the `Points` labelled "after" is feature `dumbbells.ids(before, after, look)[k]`.
     """
-    change = change_per_feature(before, after, look.side)
+    change = _change(before, after, look)
     shown = _ends(len(change.change))
     rows = _dumbbells(change, shown, look)
-    return (
-        rows
-        if len(shown) == len(change.change)
-        else hv.Layout([_histogram(change, look), rows]).cols(1).opts(shared_axes=False, merge_tools=False)
-    )
+    if len(shown) == len(change.change):
+        return rows
+    return hv.Layout([_histogram(change, look), rows]).cols(1).opts(shared_axes=False, merge_tools=False)
 
 
 @dumbbells.reading
@@ -46,9 +46,10 @@ def _(before, after, look):
     why = _not_comparable(before, after)
     if why:
         return why
-    change = change_per_feature(before, after, look.side)
+    change = _change(before, after, look)
     up, down = int((change.change > 0).sum()), int((change.change < 0).sum())
-    moved = f"{count(up)} of {plural(len(change.change), 'feature')} gained and {count(down)} lost, mean change {np.nanmean(change.change):+.3f}"
+    mean = np.mean(finite(change.change)) if finite(change.change).size else np.nan
+    moved = f"{count(up)} of {plural(len(change.change), 'feature')} gained and {count(down)} lost, mean change {mean:+.3f}"
     ends = f"most gained: {change.names[0]} ({change.change[0]:+.2f}), most lost: {change.names[-1]} ({change.change[-1]:+.2f})"
     return f"{look.side}: {moved}; {ends}."
 
@@ -57,7 +58,7 @@ def _(before, after, look):
 def _(before, after, look):
     if _not_comparable(before, after):
         return empty_table(*CHANGES)
-    change = change_per_feature(before, after, look.side)
+    change = _change(before, after, look)
     return pd.DataFrame(dict(zip(CHANGES, (change.feature, change.names, change.before, change.after, change.change), strict=True)))
 
 
@@ -68,7 +69,7 @@ def _(before, after, look):
 
 @dumbbells.ids
 def _(before, after, look):
-    change = change_per_feature(before, after, look.side)
+    change = _change(before, after, look)
     return change.feature[_ends(len(change.change))]
 
 
@@ -76,6 +77,12 @@ def _not_comparable(before: Alignment | None, after: Alignment | None) -> str | 
     if after is None:
         return NO_TRUTH
     return NO_COMMITS if before is None or before.names != after.names else None
+
+
+def _change(before: Alignment, after: Alignment, look: Look) -> Change:
+    with np.errstate(invalid="ignore"):
+        change = change_per_feature(before, after, look.side)
+    return replace(change, before=drawable(change.before), after=drawable(change.after))
 
 
 def _ends(n: int) -> np.ndarray:
@@ -236,5 +243,5 @@ def _verdicts(rows: pd.DataFrame, theme: str) -> hv.Labels:
         "colour": np.where(told, TEXT[theme], MUTED[theme]),
     }
     return hv.Labels(data, ["x", "y"], ["text", "colour"]).opts(
-        text_color="colour", text_font_size="12px", text_align="left", text_font=FONT
+        text_color="colour", text_font_size="12px", text_align="left"
     )

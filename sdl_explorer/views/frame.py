@@ -2,6 +2,7 @@
 
 import textwrap
 from collections.abc import Callable
+from typing import SupportsFloat
 
 import holoviews as hv
 import holoviews.plotting.bokeh
@@ -12,6 +13,7 @@ from holoviews.core import Dimensioned
 from sdl_explorer.views.look import Look
 from sdl_explorer.views.theme import BACKGROUND, EDGE, FONT, FONT_SIZE, GRID, MUTED, TEXT
 
+Range = tuple[SupportsFloat, SupportsFloat]
 HEIGHT = 400
 MAX_POINTS = 16_384  # drawn one by one; more become a count image
 BRUSH = ("tap", "box_select", "lasso_select")
@@ -37,8 +39,8 @@ def frame(
     element: Dimensioned,
     look: Look,
     *,
-    xlim: tuple[float, float],
-    ylim: tuple[float, float],
+    xlim: Range,
+    ylim: Range,
     xlabel: str,
     ylabel: str,
     title: str = "",
@@ -74,7 +76,7 @@ def frame(
 
 def blank(words: str, look: Look, height: int = HEIGHT) -> hv.Text:
     """Words in the middle instead of an empty canvas."""
-    text = hv.Text(0.5, 0.5, textwrap.fill(words, 60)).opts(color=TEXT[look.theme], text_font=FONT, text_font_size="14px")
+    text = hv.Text(0.5, 0.5, textwrap.fill(words, 60)).opts(color=TEXT[look.theme], text_font_size="14px")
     return frame(
         text, look, xlim=(0, 1), ylim=(0, 1), xlabel="", ylabel="", height=height, legend=None, xaxis=None, yaxis=None, toolbar=None
     )
@@ -102,7 +104,7 @@ def row_ticks(labels) -> list[tuple[float, str]]:
     return [(-float(i), str(label)) for i, label in enumerate(labels)]
 
 
-def limits(values, margin: float = 0.05, within: tuple[float, float] | None = None) -> tuple[float, float]:
+def limits(values, margin: float = 0.05, within: Range | None = None) -> Range:
     """A range that holds every finite value with a margin; (0, 1) where there is none."""
     known = finite(values)
     low, high = (float(known.min()), float(known.max())) if known.size else (0.0, 1.0)
@@ -113,7 +115,7 @@ def limits(values, margin: float = 0.05, within: tuple[float, float] | None = No
     return (low, high) if within is None else (max(low, within[0]), min(high, within[1]))
 
 
-def log_limits(values, margin: float = 0.05) -> tuple[float, float]:
+def log_limits(values, margin: float = 0.05) -> Range:
     """A range for a logarithmic axis: positive, and holding every positive finite value."""
     known = finite(values)
     positive = known[known > 0]
@@ -126,6 +128,12 @@ def finite(values) -> np.ndarray:
     """The finite ones among the values, flat."""
     flat = np.asarray(values, dtype=float).ravel()
     return flat[np.isfinite(flat)]
+
+
+def drawable(values) -> np.ndarray:
+    """The values with not-a-number for whatever is not finite: marks that are left out."""
+    values = np.asarray(values, dtype=float)
+    return np.where(np.isfinite(values), values, np.nan)
 
 
 def empty_table(*columns: str) -> pd.DataFrame:
@@ -153,7 +161,7 @@ def _dress(theme: str, xlim, ylim) -> Callable:
             border_fill_color=BACKGROUND[theme],
             outline_line_color=GRID[theme],
         )
-        figure.title.update(text_color=TEXT[theme], text_font=FONT, text_font_size=FONT_SIZE["title"], text_font_style="normal")
+        figure.title.update(text_color=TEXT[theme], text_font_size=FONT_SIZE["title"], text_font_style="normal")
         for axis in figure.axis:
             axis.update(**_axis_style(theme))
         for grid in figure.grid:

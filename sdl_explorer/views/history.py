@@ -9,7 +9,7 @@ from holoviews.core import Dimensioned
 
 from sdl_explorer.training.commits import Commit
 from sdl_explorer.training.history import History
-from sdl_explorer.views.frame import empty_table, frame, limits, log_limits
+from sdl_explorer.views.frame import drawable, empty_table, frame, limits, log_limits
 from sdl_explorer.views.look import Look
 from sdl_explorer.views.theme import EDGE, LINES, MUTED, TEXT, commit_mark
 from sdl_explorer.views.view import Commits, view
@@ -101,10 +101,10 @@ def _(history, ghosts, commits, look):
 def _curve(history: History, name: str, look: Look) -> tuple[np.ndarray, np.ndarray]:
     """Steps and values of one panel; what a logarithmic axis cannot show is left out."""
     if name == "dead":
-        return history.steps, _dead(history, look)[0]
+        return history.steps, drawable(_dead(history, look)[0])
     if name == "L0":
-        return history.steps, history.l0
-    total = _total(history)
+        return history.steps, drawable(history.l0)
+    total = drawable(_total(history))
     return history.steps, np.where(total > 0, total, np.nan)
 
 
@@ -117,47 +117,49 @@ def _dead(history: History, look: Look) -> tuple[np.ndarray, str]:
 
 
 def _panel(name: str, curves: list, xlim, commits: Commits, look: Look) -> Dimensioned:
-    last, theme = name == PANELS[-1], look.theme
+    first, last, theme = name == PANELS[0], name == PANELS[-1], look.theme
     values = np.concatenate([v for _, v in curves])
-    ylim = log_limits(values) if name == "loss" else (0.0, max(1.0, limits(values)[1]))
+    ylim = log_limits(values) if name == "loss" else (0.0, max(1.0, limits(values)[1] * (1.15 if first else 1.0)))
     colour = {"dead": MUTED, "loss": LINES["decoder"], "L0": LINES["response"]}[name][theme]
     layers = [hv.Curve(curve, "step", name).opts(color=colour, line_width=1.5, alpha=0.35) for curve in curves[1:]]
-    layers += [
-        hv.Curve(curves[0], "step", name).opts(color=colour, line_width=2, tools=["hover"]),
-        *_ticks(commits, ylim, look, log=name == "loss"),
-    ]
+    layers.append(hv.Curve(curves[0], "step", name).opts(color=colour, line_width=2, tools=["hover"]))
+    changes = [c for c in commits if c.kind not in QUIET]
+    if changes:
+        layers.append(hv.VLines([c.step for c in changes], "step").opts(color=EDGE[theme], line_width=1, alpha=0.6))
+    if changes and first:
+        layers.append(_ticks(changes, commits, ylim, look))
     if look.step is not None:
         layers.append(hv.VLine(look.step).opts(color=TEXT[theme], line_width=1.5, line_dash="dashed"))
-    label = {"dead": "dead %" if look.n_latents else "dead latents", "loss": "loss (log)", "L0": "L0"}[name]
-    has_legend = last and any(c.kind not in QUIET for c in commits)
+    marks = (commit_mark(kind) for kind in dict.fromkeys(c.kind for c in changes))
     return frame(
         hv.Overlay(layers),
         look,
         xlim=xlim,
         ylim=ylim,
         xlabel="step" if last else "",
-        ylabel=label,
-        height=(205 if has_legend else 175) if last else 135,
-        legend="bottom" if has_legend else None,
+        ylabel={"dead": "dead %" if look.n_latents else "dead latents", "loss": "loss (log)", "L0": "L0"}[name],
+        title="   ".join(f"{m.shape} {m.word}" for m in marks) if first else "",
+        height=175 if last else 160 if first else 135,
+        legend=None,
         logy=name == "loss",
         **({} if last else {"xaxis": "bare"}),
     )
 
 
-def _ticks(commits: Commits, ylim, look: Look, log: bool) -> list[Dimensioned]:
-    """Interventions as thin lines with their mark at the top; those of other branches are ghosts."""
-    own, layers = {c.id for c in lineage(commits, look.head)}, []
-    height = ylim[0] * (ylim[1] / ylim[0]) ** 0.92 if log else ylim[0] + 0.92 * (ylim[1] - ylim[0])
-    for kind in dict.fromkeys(c.kind for c in commits if c.kind not in QUIET):
-        of_kind = [c for c in commits if c.kind == kind]
-        mark, colour = commit_mark(kind), TEXT[look.theme]
-        rows = pd.DataFrame({"step": [c.step for c in of_kind], "at": height, "alpha": [0.9 if c.id in own else 0.25 for c in of_kind]})
-        layers.append(
-            hv.VLines(rows, "step", "alpha").opts(color=EDGE[look.theme], alpha=hv.dim("alpha") * 0.6, line_width=1, apply_ranges=False)
-        )
-        points = hv.Points(rows, ["step", "at"], "alpha", label=f"{mark.shape} {mark.word}")
-        layers.append(points.opts(marker=mark.marker, color=colour, alpha="alpha", size=10, apply_ranges=False))
-    return layers
+def _ticks(changes: list, commits: Commits, ylim, look: Look) -> hv.Points:
+    """Interventions as marks along the top; those of other branches are faint."""
+    own = {c.id for c in lineage(commits, look.head)}
+    rows = {
+        "step": [c.step for c in changes],
+        "at": np.full(len(changes), 0.92 * ylim[1]),
+        "marker": [commit_mark(c.kind).marker for c in changes],
+        "alpha": [1.0 if c.id in own else 0.35 for c in changes],
+        "commit": [c.id for c in changes],
+        "what": [_sentence(c) for c in changes],
+    }
+    points = hv.Points(rows, ["step", "at"], ["marker", "alpha", "commit", "what"])
+    tips = [("", "@what"), ("commit", "@commit")]
+    return points.opts(marker="marker", alpha="alpha", color=TEXT[look.theme], size=11, tools=["hover", "tap"], hover_tooltips=tips)
 
 
 # timeline ------------------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ import pandas as pd
 from sdl_explorer.diagnosis.alignment import Alignment, align
 from sdl_explorer.diagnosis.health import Health, check_health
 from sdl_explorer.views.alignment import recovery_words
-from sdl_explorer.views.frame import BRUSH, MAX_POINTS, empty_table, frame, limits
+from sdl_explorer.views.frame import BRUSH, MAX_POINTS, drawable, empty_table, frame, limits
 from sdl_explorer.views.look import Look
 from sdl_explorer.views.theme import EDGE, LINES, TEXT
 from sdl_explorer.views.view import view
@@ -29,14 +29,14 @@ def feature_table(alignment, health, look):
     order = np.arange(len(rows))
     shown = order if len(rows) <= MAX_POINTS else np.linspace(0, len(rows) - 1, MAX_POINTS).astype(int)
     for side in sorted(MARKERS, key=lambda side: side != look.side):
-        data = {"rank": shown, "cosine": rows[f"cos {side}"].to_numpy()[shown], "feature": rows["feature"].to_numpy()[shown]}
+        data = {"rank": shown, "cosine": drawable(rows[f"cos {side}"])[shown], "feature": rows["feature"].to_numpy()[shown]}
         points = hv.Points(data, ["rank", "cosine"], "feature", label=side)
         tools = ["hover", *BRUSH] if side == look.side else []
         layers.append(points.opts(color=LINES[side][theme], marker=MARKERS[side], size=7, fill_alpha=0.6, tools=tools))
     layers.append(hv.HLine(look.tau).opts(color=EDGE[theme], line_dash="dashed", line_width=1))
     chosen = rows["feature"].isin([*look.selected_features, look.primary_feature]).to_numpy()
     if chosen.any():
-        ring = hv.Points((order[chosen], rows[f"cos {look.side}"].to_numpy()[chosen]), ["rank", "cosine"], label="Selected")
+        ring = hv.Points((order[chosen], drawable(rows[f"cos {look.side}"])[chosen]), ["rank", "cosine"], label="Selected")
         layers.append(ring.opts(color=TEXT[theme], fill_alpha=0, line_width=2, size=17))
     title = recovery_words(alignment, look).split(";")[0]
     if len(shown) < len(rows):
@@ -94,10 +94,8 @@ def truth_table(alignment: Alignment, health: Health | None, look: Look) -> pd.D
     partial = np.bincount(feature[carried >= PARTIAL], minlength=n)
     reached = np.nan_to_num(best.cosine, nan=-1.0) >= PARTIAL
     sharing = np.bincount(best.latent[reached], minlength=alignment.n_latents)[best.latent] - 1
-    verdicts = [
-        _verdict(*row, tau=look.tau)
-        for row in zip(alignment.anchored_features, best.cosine, full, partial, np.where(reached, sharing, 0), strict=True)
-    ]
+    facts = (alignment.anchored_features, best.cosine, full, partial, np.where(reached, sharing, 0))
+    verdicts = [_verdict(*row, tau=look.tau) for row in zip(*(fact.tolist() for fact in facts), strict=True)]
     status = np.full(alignment.n_latents, "") if health is None else np.select([health.dead, health.unseen], ["dead", "unseen"], "alive")
     columns = (
         np.arange(n),

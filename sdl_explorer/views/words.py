@@ -1,5 +1,8 @@
 """Fixed words: what a card says when there is nothing to draw. Tests compare these strings."""
 
+from math import isnan
+from typing import SupportsFloat, SupportsInt
+
 NO_TRUTH = "No ground truth: recovery cannot be computed. Add anchors or class means →"
 NO_SELECTION = "Select a latent: click a point, or press / to search. [Worst] [Random]"
 NO_COMMITS = "No intervention yet. Train, then change something on page 5; the comparison appears here."
@@ -32,15 +35,15 @@ def not_finite(step: int) -> str:
     return f"Not a number at step {count(step)}. [Go to last finite commit]"
 
 
-def count(number: float) -> str:
+def count(number: SupportsInt) -> str:
     """An integer with its thousands apart: 1 240."""
     return f"{int(number):,}".replace(",", " ")
 
 
-def cosine(value: float) -> str:
-    """A cosine with two decimals, and words for not-a-number."""
-    return "unknown" if value != value else f"{value:.2f}"
+def cosine(value: SupportsFloat) -> str:
+    """A cosine with two decimals, and a word for not-a-number."""
+    return "unknown" if isnan(value) else f"{float(value):.2f}"
 
 
-def plural(number: int, noun: str, nouns: str = "") -> str:
+def plural(number: SupportsInt, noun: str, nouns: str = "") -> str:
     return f"{count(number)} {noun if number == 1 else nouns or noun + 's'}"
