@@ -13,7 +13,7 @@ from sdl_explorer.diagnosis.examples import find_examples
 from sdl_explorer.diagnosis.health import check_health
 from sdl_explorer.diagnosis.observe import Moments, declared_settings, encoded, evaluating, observe
 from sdl_explorer.models.dictionary import SparseDictionary
-from sdl_explorer.models.methods import BatchTopK, TopK
+from sdl_explorer.models.methods import BatchTopK, ReLU, TopK
 
 
 def random_pair(n=50, d=6, n_latents=10, transcoder=False, seed=0):
@@ -33,13 +33,40 @@ def test_blocks_do_not_matter(device):
             np.testing.assert_allclose(getattr(a, name), getattr(b, name), rtol=1e-5, atol=1e-6, err_msg=name)
 
 
+@pytest.mark.parametrize("method", [ReLU(), TopK(k=3)])
+@pytest.mark.parametrize("transcoder", [False, True])
+def test_sums_over_entries_equal_dense_products(monkeypatch, device, method, transcoder):
+    _, activations = random_pair(transcoder=transcoder)
+    dictionary = method.build(6, activations.targets.shape[1], 10, torch.Generator().manual_seed(0)).to(device)
+    with torch.no_grad():
+        dictionary.b_enc[2] = -1e4
+    findings = []
+    for share in (0.0, 2.0):
+        monkeypatch.setattr(observing, "SPARSE", share)
+        findings.append(check_health(dictionary, activations))
+    for name in set(vars(findings[0])) - {"dead_after"}:
+        np.testing.assert_allclose(*(getattr(f, name) for f in findings), rtol=1e-5, atol=1e-6, err_msg=name)
+    assert findings[0].dead[2]
+
+
+def test_rows_on_which_nothing_fires(monkeypatch):
+    monkeypatch.setattr(observing, "SPARSE", 2.0)
+    dictionary, activations = random_pair()
+    with torch.no_grad():
+        dictionary.b_enc.fill_(-1e4)
+    health, found = observe(dictionary, activations, [check_health, find_examples])
+    assert health.n_dead == 10
+    assert (health.l0, health.encoder_response.any()) == (0, False)
+    assert len(found.rows) == 0
+
+
 def test_several_findings_from_one_pass_equal_each_alone_and_encode_once(monkeypatch):
     dictionary, activations = random_pair()
     alone = check_health(dictionary, activations, dead_after=10)
     calls, feeds = [], []
     forward, add = SparseDictionary.forward, Moments.add
     monkeypatch.setattr(SparseDictionary, "forward", lambda self, x: calls.append(len(x)) or forward(self, x))
-    monkeypatch.setattr(Moments, "add", lambda self, rows: feeds.append(len(rows.inputs)) or add(self, rows))
+    monkeypatch.setattr(Moments, "add", lambda self, rows: feeds.append(rows.n) or add(self, rows))
     anchors = Anchors.from_rows(torch.eye(6)[:3])
     together, found, _ = observe(
         dictionary, activations, [(check_health, {"dead_after": 10}), (align, {"anchors": anchors}), find_examples], block=20

@@ -129,7 +129,7 @@ class _Aligner(Accumulator):
         truth = self.stream.activations.truth
         if truth is None:
             return
-        codes = truth.codes[rows.start : rows.start + len(rows.inputs)].to(rows.codes.device)
+        codes = truth.codes[rows.start : rows.start + rows.n].to(rows.inputs.device)
         active = (codes[:, self.features.ids.clamp_min(0)] > 0) & (self.features.ids >= 0)
         fires = rows.fired[:, self.detector]
         self.both += (active & fires).sum(dim=0)

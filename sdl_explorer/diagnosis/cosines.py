@@ -70,8 +70,7 @@ def largest(cosines: Tensor) -> Tensor:
 def unit(rows: Tensor) -> Tensor:
     """Rows at norm 1 in float32; zero rows stay zero."""
     rows = rows.float()
-    norms = rows.norm(dim=1, keepdim=True)
-    return torch.where(norms > 0, rows / norms.clamp_min(torch.finfo(torch.float32).tiny), 0.0)
+    return rows / _not_zero(rows.norm(dim=1, keepdim=True))
 
 
 def row_cosines(rows: Tensor, others: Tensor, chosen: Tensor | None = None, block: int = 16384) -> np.ndarray:
@@ -79,6 +78,11 @@ def row_cosines(rows: Tensor, others: Tensor, chosen: Tensor | None = None, bloc
     parts = []
     for start in range(0, len(rows), block):
         stop = start + block
-        other = others[start:stop] if chosen is None else others[chosen[start:stop]]
-        parts.append((unit(rows[start:stop]) * unit(other)).sum(dim=1).clamp(-1, 1).cpu())
+        a, b = rows[start:stop].float(), (others[start:stop] if chosen is None else others[chosen[start:stop]]).float()
+        cosines = (a * b).sum(dim=1) / _not_zero(a.norm(dim=1)) / _not_zero(b.norm(dim=1))
+        parts.append(cosines.clamp(-1, 1).cpu())
     return torch.cat(parts).numpy()
+
+
+def _not_zero(norms: Tensor) -> Tensor:
+    return torch.where(norms > 0, norms, 1.0)

@@ -93,8 +93,8 @@ class _Collector(Accumulator):
         self.count = torch.zeros(n_latents, dtype=torch.int64, device=device)
 
     def add(self, rows: Rows) -> None:
-        order = self.order[rows.start : rows.start + len(rows.inputs), None]
-        self.count += rows.fired.sum(dim=0)
+        order = self.order[rows.start : rows.start + rows.n, None]
+        self.count += rows.count
         self.top.add(torch.where(rows.fired, rows.codes, -torch.inf), rows.codes, rows.start)
         self.pool.add(torch.where(rows.fired, order, -torch.inf), rows.codes, rows.start)
 

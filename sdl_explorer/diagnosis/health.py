@@ -80,9 +80,12 @@ class _Checkup(Accumulator):
         seen = sizes > 0
         self.ratio += (made[seen] / sizes[seen]).sum().item()
         self.n_ratio += int(seen.sum())
-        place = torch.arange(rows.start, rows.start + len(rows.inputs), device=self.last.device)
-        backwards = rows.fired.flip(0).to(torch.uint8).argmax(dim=0)  # the last row of the block on which each one fires
-        self.last = torch.where(rows.fired.any(dim=0), place[-1] - backwards, self.last)
+        fires = rows.count > 0
+        if rows.sparse:
+            self.last[fires] = rows.start + rows.entries[1][rows.count.cumsum(0)[fires] - 1]
+        else:
+            backwards = rows.fired.flip(0).to(torch.uint8).argmax(dim=0)  # rows after the last one on which each fires
+            self.last = torch.where(fires, rows.start + rows.n - 1 - backwards, self.last)
 
     def result(self) -> Health:
         moments, dictionary = self.moments, self.stream.dictionary

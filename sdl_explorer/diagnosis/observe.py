@@ -16,31 +16,63 @@ accumulator that it is built from:
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple, TypeVar, cast
+from functools import cached_property
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor
+from torch.nn.functional import embedding_bag
 
 from sdl_explorer.data.activations import Activations
-from sdl_explorer.models.dictionary import SparseDictionary
+from sdl_explorer.models.dictionary import Latents, SparseDictionary
 
 FIRES = 1e-6  # latent i fires on x when z_i > FIRES * |W_enc_i| * |x|: rounding at an exact zero is not firing
 BLOCK_BYTES = 16 * 2**20  # of one block's dense pre-activations; a pass holds a few blocks of this size
 MOST_ROWS = 4096
+SPARSE = 1 / 16  # share of the codes that fire, below which sums over entries beat a dense product
 
 
-class Rows(NamedTuple):
-    """One block of rows, on the dictionary's device, after one forward pass.
+class Rows:
+    """One block of b rows, on the dictionary's device, after one forward pass.
 
-    `codes` (b, n_latents) is dense and zero wherever the latent does not fire, so `codes > 0` means fires.
+    inputs (b, d_in), targets (b, d_out; the same tensor as inputs for an SAE), reconstruction (b, d_out)
+    count   how often each latent fires in this block, int (n_latents,)
+    sparse  whether few enough codes fire that `entries` is the cheap way to read them
     """
 
-    start: int
-    inputs: Tensor
-    targets: Tensor  # the same tensor as inputs for an SAE
-    codes: Tensor
-    fired: Tensor
-    reconstruction: Tensor
+    def __init__(self, start: int, inputs: Tensor, targets: Tensor, latents: Latents, reconstruction: Tensor, reads: Tensor):
+        self.start, self.inputs, self.targets, self.reconstruction = start, inputs, targets, reconstruction
+        self.n, self.n_latents = len(inputs), latents.n_latents
+        norms = inputs.norm(dim=1)
+        if latents.is_sparse:
+            row, latent, value = latents.entries()
+            kept = value > reads[latent] * norms[row]
+            order = kept.nonzero()[:, 0][latent[kept].argsort(stable=True)]
+            self.entries = latent[order], row[order], value[order].float()
+            self.count = torch.bincount(self.entries[0], minlength=self.n_latents)
+        else:
+            codes = latents.values.float()
+            self.fired = codes > norms[:, None] * reads
+            self.codes = torch.where(self.fired, codes, 0)
+            self.count = self.fired.sum(dim=0)
+        self.sparse = int(self.count.sum()) < SPARSE * self.n * self.n_latents
+
+    @cached_property
+    def entries(self) -> tuple[Tensor, Tensor, Tensor]:
+        """(latent, row in the block, value) of every code that fires, by latent and then by row."""
+        latent, row = self.fired.T.nonzero(as_tuple=True)
+        return latent, row, self.codes[row, latent]
+
+    @cached_property
+    def codes(self) -> Tensor:
+        """Dense (b, n_latents), zero wherever the latent does not fire."""
+        latent, row, value = self.entries
+        return value.new_zeros(self.n, self.n_latents).index_put((row, latent), value)
+
+    @cached_property
+    def fired(self) -> Tensor:
+        """bool (b, n_latents)."""
+        return self.codes > 0
 
 
 class Accumulator:
@@ -126,7 +158,7 @@ def observe(
         for rows in encoded(dictionary, activations, block):
             for accumulator in (*stream.shared.values(), *wanted):
                 accumulator.add(rows)
-            done = (rows.start + len(rows.inputs)) / activations.n
+            done = (rows.start + rows.n) / activations.n
             pulse()
         return [accumulator.result() for accumulator in wanted]
 
@@ -151,13 +183,11 @@ def encoded(dictionary: SparseDictionary, activations: Activations, block: int |
     for start in range(0, activations.n, size):
         inputs = activations.inputs[start : start + size].to(like)
         targets = inputs if activations.targets is activations.inputs else activations.targets[start : start + size].to(like)
-        for side, values in (("inputs", inputs), ("targets", targets)):
-            _check_finite(side, values, start)
+        _check_finite("inputs", inputs, start)
+        _check_finite("targets", targets, start)
         latents, reconstruction, _ = dictionary(inputs)
-        codes = latents.dense().float()
-        del latents, _  # a block is large where there are many latents
-        fired = codes > inputs.float().norm(dim=1, keepdim=True) * reads
-        yield Rows(start, inputs.float(), targets.float(), codes * fired, fired, reconstruction.float())
+        del _  # pre-activations, as large as the codes
+        yield Rows(start, inputs.float(), targets.float(), latents, reconstruction.float(), reads)
 
 
 def block_rows(widest: int) -> int:
@@ -172,27 +202,38 @@ class Moments(Accumulator):
         input_moment = sum z_i (x_p - mean x_p);  target_moment = sum z_i (x_r - mean x_r)
 
     so that the response E[z_i x]/E[z_i] - E[x] is moment / total, without the cancellation of two large means.
-    Shapes (n_latents,) and (n_latents, d); the moments stay on the device, the rest is on the CPU in float64.
+    Shapes (n_latents,) and (n_latents, d); the moments stay on the device, the rest is on the CPU.
     """
 
     def __init__(self, stream: Stream):
         super().__init__(stream)
-        dictionary = stream.dictionary
-        self.same = stream.activations.targets is stream.activations.inputs
+        dictionary, activations = stream.dictionary, stream.activations
         self.n = 0
         self.count = torch.zeros(dictionary.n_latents, dtype=torch.int64)
         self.total = torch.zeros(dictionary.n_latents, dtype=torch.float64)
-        self.input_moment = torch.zeros(dictionary.n_latents, dictionary.d_in, device=dictionary.device)
-        shape = (dictionary.n_latents, dictionary.d_out)
-        self.target_moment = self.input_moment if self.same else torch.zeros(shape, device=dictionary.device)
+        self.input_moment = self.target_moment = torch.zeros(dictionary.n_latents, dictionary.d_in, device=dictionary.device)
+        if activations.targets is not activations.inputs:
+            self.target_moment = torch.zeros(dictionary.n_latents, dictionary.d_out, device=dictionary.device)
 
     def add(self, rows: Rows) -> None:
-        self.n += len(rows.inputs)
-        self.count += rows.fired.sum(dim=0).cpu()
-        self.total += rows.codes.sum(dim=0).cpu().double()
-        self.input_moment.addmm_(rows.codes.T, rows.inputs - self.stream.input_mean)
-        if not self.same:
-            self.target_moment.addmm_(rows.codes.T, rows.targets - self.stream.target_mean)
+        self.n += rows.n
+        self.count += rows.count.cpu()
+        add = self._add_sparse if rows.sparse else self._add_dense
+        self.total += add(rows, torch.ones_like(rows.inputs[:, :1]), torch.zeros_like(self.input_moment[:, :1]))[:, 0].cpu().double()
+        add(rows, rows.inputs - self.stream.input_mean, self.input_moment)
+        if self.target_moment is not self.input_moment:
+            add(rows, rows.targets - self.stream.target_mean, self.target_moment)
+
+    def _add_dense(self, rows: Rows, values: Tensor, moment: Tensor) -> Tensor:
+        return moment.addmm_(rows.codes.T, values)
+
+    def _add_sparse(self, rows: Rows, values: Tensor, moment: Tensor) -> Tensor:
+        _, row, value = rows.entries
+        some = rows.count.nonzero()[:, 0]
+        ends = rows.count[some].cumsum(0)
+        starts = ends - rows.count[some]
+        moment[some] += embedding_bag(row, values, starts, mode="sum", per_sample_weights=value)
+        return moment
 
 
 def _mean(values: Tensor) -> Tensor:
@@ -220,12 +261,12 @@ def _check(dictionary: SparseDictionary, activations: Activations) -> None:
             f"{dictionary.d_in} and writes {dictionary.d_out}. Use the activations that it was trained on."
         )
     for name in ("W_enc", "b_enc", "W_dec", "b_dec"):
-        if not torch.isfinite(getattr(dictionary, name)).all():
+        if not torch.isfinite(getattr(dictionary, name).sum()):
             raise ValueError(f"observe: {name} holds values that are not finite; training diverged. Revert to the last finite commit.")
 
 
 def _check_finite(side: str, values: Tensor, start: int) -> None:
-    finite = torch.isfinite(values).all(dim=1)
-    if not finite.all():
+    if not torch.isfinite(values.sum()):  # one number first: it is cheap
+        finite = torch.isfinite(values).all(dim=1)
         row = start + int((~finite).nonzero()[0])
         raise ValueError(f"observe: row {row} of the {side} is not finite; leave such rows out (keep= in Stored) before looking.")
