@@ -1,0 +1,46 @@
+"""The pages: a question each, and the cards that answer it."""
+
+from sdl_explorer.views.view import find_view, views
+from sdl_explorer.widgets.card import Card
+from sdl_explorer.widgets.intervene import AnchorForm, ControlForm, Pinned, Preview, ResampleForm
+from sdl_explorer.widgets.log import Log
+from sdl_explorer.widgets.page import Page
+from sdl_explorer.widgets.tiles import Tiles
+
+QUESTIONS = {
+    "Overview": "Is this dictionary healthy, and what is wrong first?",
+    "Alignment": "Which true features were learned, by which latent, and how well?",
+    "Intervene": "What can be repaired, and what would it change?",
+    "Compare": "Did it help more than simply training on?",
+}
+
+
+def cards(host, page: str, leave_out=()) -> list[Card]:
+    """The registered views of a page, in the order of their ids' registration."""
+    return [Card(host, view) for view in views(page) if view.id not in leave_out]
+
+
+def _overview(host):
+    return [Tiles(host), *cards(host, "overview"), Card(host, find_view("A2"))]
+
+
+def _alignment(host):
+    return cards(host, "alignment")
+
+
+def _intervene(host):
+    preview = Preview(host, Card(host, find_view("R3")))
+    return [ResampleForm(host), AnchorForm(host), preview, Pinned(host), *cards(host, "intervene", leave_out=("R3",))]
+
+
+def _compare(host):
+    order = {"C3": 0, "C1": 1}
+    return [ControlForm(host), *sorted(cards(host, "compare"), key=lambda card: order.get(card.view.id, 2)), Log(host)]
+
+
+PARTS = {"Overview": _overview, "Alignment": _alignment, "Intervene": _intervene, "Compare": _compare}
+
+
+def make(host, title: str, visible: bool = False) -> Page:
+    """One page of an explorer."""
+    return Page(title, QUESTIONS[title], lambda: PARTS[title](host), visible=visible)

@@ -1,0 +1,145 @@
+"""The served app: every visitor has a session of their own, bounded, and cleaned up when they leave."""
+
+import logging
+import shutil
+import socket
+import tempfile
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import panel as pn
+
+from sdl_explorer.app.entry import session_of
+from sdl_explorer.app.explorer import Explorer
+from sdl_explorer.session import Session
+from sdl_explorer.state import ExplorerState
+from sdl_explorer.widgets.kit import Text
+
+log = logging.getLogger(__name__)
+FIRST_LOOK = Path(__file__).resolve().parent.parent / "assets" / "first_look"
+MOST_VISITORS = 24
+MOST_STEPS = 20_000  # a press of Play or Train, where sessions belong to visitors
+VISITOR_BYTES = 200_000_000  # of commits
+E1 = "Load a model, or start from one of 0 examples. Nothing is bundled with this installation: sdl-explorer open PATH shows your own."
+FULL = f"{MOST_VISITORS} visitors are here already, which is the limit of this server. Try again in a few minutes."
+
+_visitors = 0
+_counting = threading.Lock()
+
+
+def serve(what=None, port: int = 5006, address: str = "127.0.0.1", show: bool | None = None, device: str = "auto") -> None:
+    """Serve the explorer at http://address:port/ until interrupted.
+
+    `what` is anything that `explore` takes; its visitors share one session. None is the bundled trained run, and every
+    visitor gets a copy that is theirs alone. `port=0` takes a free one; `show` opens a browser.
+    """
+    port = port or _free_port(address)
+    if what is None:
+        make = lambda: _visit(lambda: _bundled(device), owned=True)
+    else:
+        session = session_of(what, device=device)
+        make = lambda: _visit(lambda: session, owned=False)
+    print(f"SDL Explorer at http://{address}:{port}/ (stop with Ctrl+C)", flush=True)
+    _serve(make, "/", port, address, bool(show), threaded=False)
+
+
+def serve_session(session: Session, state: dict, port: int, address: str, show: bool, token: str, **options):
+    """Serve one session under a path that holds the token; returns the server, which runs in a thread."""
+    port = port or _free_port(address)
+
+    def make():
+        own = ExplorerState()
+        own.restore(state)
+        return _visit(lambda: session, owned=False, state=own)
+
+    print(f"http://{address}:{port}/{token}\nFrom another machine: ssh -L {port}:{address}:{port} {socket.gethostname()}", flush=True)
+    return _serve(make, f"/{token}", port, address, show, threaded=True, **options)
+
+
+def _serve(make: Callable, path: str, port: int, address: str, show: bool, threaded: bool, **options):
+    _extension()
+    origins = [f"{host}:{port}" for host in dict.fromkeys((address, "localhost", "127.0.0.1", socket.gethostname()))]
+    return pn.serve(
+        {path: make}, port=port, address=address, websocket_origin=origins, show=show, threaded=threaded, title="SDL Explorer", verbose=False,
+        **options,
+    )  # fmt: skip
+
+
+def _extension() -> None:
+    pn.extension("tabulator", reconnect=True, throttled=True)
+
+
+def _visit(open_session: Callable[[], Session], owned: bool, state: ExplorerState | None = None):
+    """One visitor's page. What it holds is let go when the visitor leaves."""
+    global _visitors
+    _extension()
+    with _counting:
+        if _visitors >= MOST_VISITORS:
+            return Text(FULL, role="alert")
+        _visitors += 1
+    try:
+        session = open_session()
+        if session is None:
+            return Text(E1, role="alert")
+        explorer = Explorer(session, state)
+        explorer.desk.most_steps = MOST_STEPS if owned else None
+        page = explorer.__panel__().__panel__()
+    except BaseException:
+        _leave()
+        raise
+    pn.state.on_session_destroyed(_goodbye(explorer, page, owned))
+    return page
+
+
+def _goodbye(explorer: Explorer, page, owned: bool) -> Callable:
+    """The hook lives in a module: globals of a served script are gone when it runs."""
+
+    def hook(session_context):
+        release_refs(page)
+        explorer.close()
+        _leave()
+        if owned:  # closing waits for the step in progress, the event loop must not
+            threading.Thread(target=_discard, args=(explorer.session,), name="sdlx-goodbye").start()
+
+    return hook
+
+
+def _leave() -> None:
+    global _visitors
+    with _counting:
+        _visitors -= 1
+
+
+def _discard(session: Session) -> None:
+    folder = session.folder
+    session.close()
+    if folder is not None:
+        shutil.rmtree(folder.parent, ignore_errors=True)
+
+
+def _bundled(device: str) -> Session | None:
+    """A copy of the bundled run that can be trained on; None where none is bundled."""
+    if not (FIRST_LOOK / "run.json").exists():
+        return None
+    folder = Path(tempfile.mkdtemp(prefix="sdl-explorer-")) / "first_look"
+    shutil.copytree(FIRST_LOOK, folder)
+    session = Session.open(folder, device=device)
+    session.budget = VISITOR_BYTES
+    return session
+
+
+def release_refs(component) -> None:
+    """Cut what a component watches on objects that outlive it: `pmui.Page` watches the process-wide `pn.state.busy` and so
+    keeps the whole page alive. Reads param's private attributes; the leak test covers it.
+    """
+    private = component._param__private
+    for _, watcher in list(private.ref_watchers):
+        (watcher.cls if watcher.inst is None else watcher.inst).param.unwatch(watcher)
+    private.ref_watchers = []
+
+
+def _free_port(address: str) -> int:
+    with socket.socket() as probe:
+        probe.bind((address, 0))
+        return probe.getsockname()[1]

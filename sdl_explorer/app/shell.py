@@ -1,0 +1,174 @@
+"""The frame: app bar, left rail, pages, inspector, run bar."""
+
+import panel as pn
+import panel_material_ui as pmui
+
+from sdl_explorer.app import pages
+from sdl_explorer.state import PAGES
+from sdl_explorer.views.words import NO_TRUTH
+from sdl_explorer.widgets.filters import FilterChips
+from sdl_explorer.widgets.inspector import Inspector
+from sdl_explorer.widgets.kit import Keys, PageTabs, Text
+from sdl_explorer.widgets.run_bar import RunBar
+from sdl_explorer.widgets.settings import Settings
+from sdl_explorer.widgets.timeline import Timeline
+
+UNDO = "Undoes what you see. To undo a change to the model, use the timeline."
+HELP = """Space plays and pauses · . one step · Shift+. the chosen number of steps · ← → previous and next latent · 1 to 4 pages
+/ search a latent · A anchor the primary · R preview a resample · T tables · Esc close, then clear · Ctrl+Z undoes what you see
+In a table: ↑ ↓ PgUp PgDn Home End move the row, and the row is the selection."""
+ON_BAR = {"sizing_mode": None, "styles": {"color": "#FFFFFF"}, "align": "center"}
+
+
+class Frame(pn.viewable.Viewer):
+    """The whole explorer in one page, served or in a cell."""
+
+    def __init__(self, host):
+        super().__init__()
+        self.host = host
+        self.run_bar, self.timeline, self.inspector = RunBar(host), Timeline(host), Inspector(host)
+        self.settings, self.filters = Settings(host), FilterChips(host)
+        self.pages = {title: pages.make(host, title) for title in PAGES}
+        self.tabs = PageTabs(value=host.state.page, options=list(PAGES), sizing_mode="stretch_width", css_classes=["sdlx-tabs"])
+        self.tabs.param.watch(lambda event: self._turn(event.new), "value")
+        self.banner = Text(NO_TRUTH, tone="warning", visible=False, css_classes=["sdlx-banner"])
+        self.message = Text("", role="status", tone="warning", visible=False, css_classes=["sdlx-message"])
+        self.help = Text(HELP, tone="quiet", visible=False, css_classes=["sdlx-help-text"])
+        self.live = Text("", tone="badge", **ON_BAR, css_classes=["sdlx-live"])
+        self.title = Text("", tag="h1", **ON_BAR, css_classes=["sdlx-run-name"])
+        self.undo = self._button("⟲ Undo", "undo", lambda event: self._step(host.state.undo), description=UNDO)
+        self.redo = self._button("⟳ Redo", "redo", lambda event: self._step(host.state.redo), description=UNDO)
+        self.question = self._button("? Help", "help", lambda event: self._toggle_help())
+        self.keys = Keys(self._key, active=host.state.keyboard)
+        served = pn.state.curdoc is not None and bool(pn.state.curdoc.session_context)
+        content = pmui.Column(
+            *self.pages.values(), sizing_mode="stretch_both" if served else "stretch_width", scroll="y" if served else False, margin=0
+        )
+        self.page = pmui.Page(
+            title="",
+            meta_title="SDL Explorer",
+            header=[self.title, self.live, pn.HSpacer(), self.undo, self.redo, self.question],
+            sidebar=[self.settings],
+            sidebar_width=280,
+            sidebar_open=served,
+            contextbar=[self.inspector],
+            contextbar_width=360,
+            contextbar_open=served,
+            contextbar_variant="persistent",
+            dark_theme=host.state.theme == "dark",
+            busy_indicator=None,
+            main=[
+                pmui.Column(
+                    self.tabs,
+                    self.help,
+                    self.message,
+                    self.banner,
+                    self.filters,
+                    content,
+                    self.timeline,
+                    self.run_bar,
+                    self.keys,
+                    sizing_mode="stretch_both" if served else "stretch_width",
+                    margin=0,
+                )
+            ],
+            css_classes=["sdlx-app"],
+        )
+        self.page.param.watch(lambda event: self._dress(event.new), "dark_theme")
+
+    @staticmethod
+    def _button(label: str, name: str, click, **more) -> pmui.Button:
+        return pmui.Button(
+            label=label,
+            on_click=click,
+            variant="text",
+            size="small",
+            margin=(4, 2),
+            css_classes=[f"sdlx-{name}"],
+            sx={"color": "inherit"},
+            **more,
+        )
+
+    def __panel__(self):
+        return self.page
+
+    @property
+    def shown(self):
+        return self.pages[self.host.state.page]
+
+    def needs(self):
+        """Findings of the page in front and of the inspector."""
+        now, before = self.shown.needs(self.host)
+        extra, _ = self.inspector.needs()
+        return [*dict.fromkeys([*now, *extra])], before
+
+    def refresh(self) -> None:
+        host, state, snapshot = self.host, self.host.state, self.host.snapshot
+        for title, page in self.pages.items():
+            page.show(title == state.page)
+        self.tabs.value = state.page
+        self.title.text = host.name_of_run()
+        self.live.text = host.live_word()
+        self.undo.disabled, self.redo.disabled = not state.can_undo, not state.can_redo
+        self.message.text, self.message.visible = host.message, bool(host.message)
+        self.banner.visible = not host.has_truth and state.page == "Alignment"
+        self.page.dark_theme = state.theme == "dark"
+        for part in (self.run_bar, self.timeline, self.settings, self.filters, self.inspector, self.shown):
+            part.refresh()
+        self.keys.active = state.keyboard and not snapshot.stopping
+
+    def _turn(self, page: str) -> None:
+        if page in PAGES and page != self.host.state.page:
+            self.host.state.page = page
+            self.host.poll()
+
+    def _dress(self, dark: bool) -> None:
+        self.host.state.theme = "dark" if dark else "light"
+        self.host.poll()
+
+    def _step(self, step) -> None:
+        step()
+        self.host.poll()
+
+    def _toggle_help(self) -> None:
+        self.help.visible = not self.help.visible
+
+    def _key(self, key: str) -> None:
+        """Single keys. A and R open forms, never apply."""
+        host, state = self.host, self.host.state
+        if key.startswith("page "):
+            at = int(key.removeprefix("page ")) - 1
+            if at < len(PAGES):
+                self._turn(PAGES[at])
+        elif key in ("undo", "redo"):
+            self._step(getattr(state, key))
+        elif key in ("previous", "next"):
+            host.step_primary(-1 if key == "previous" else 1)
+        elif key == "help":
+            self._toggle_help()
+        elif key == "escape":
+            self._escape()
+        elif key == "T":
+            state.twins = () if state.twins else tuple(card.view.id for card in self.shown.cards)
+            host.poll()
+        elif key in ("A", "R"):
+            self.open_form("anchor" if key == "A" else "resample")
+        elif key in ("Space", "step", "run"):
+            pn.state.execute(getattr(self.run_bar, {"Space": "toggle", "step": "step_once", "run": "train_on"}[key]))
+
+    def open_form(self, which: str) -> None:
+        """A and R: the form with the selection in it; nothing is planned or applied."""
+        self._turn("Intervene")
+        form = next(part for part in self.shown.parts if getattr(part, "form", "") == which)
+        form.take_selection()
+
+    def _escape(self) -> None:
+        if self.help.visible:
+            self.help.visible = False
+        elif self.host.plan is not None:
+            self.host.plan = None
+        elif self.host.message:
+            self.host.message = ""
+        else:
+            self.host.select(latents=())
+        self.host.poll()

@@ -1,0 +1,159 @@
+"""A card answers one question: a sentence, a plot, its table, and words when there is nothing to draw."""
+
+import logging
+
+import holoviews as hv
+import panel as pn
+import panel_material_ui as pmui
+
+from sdl_explorer.views.view import View
+from sdl_explorer.views.words import count
+from sdl_explorer.widgets.kit import CardMenu, Text
+from sdl_explorer.widgets.selection import PlotLink
+from sdl_explorer.widgets.table_twin import TableTwin
+
+log = logging.getLogger(__name__)
+
+
+class Card(pn.viewable.Viewer):
+    """One view in its frame. `refresh` compares what it would draw with what it has drawn and does nothing if equal."""
+
+    def __init__(self, host, view: View):
+        super().__init__()
+        self.host, self.view = host, view
+        self._drawn = self._element = self._kept = self._made = None
+        self.reading = Text("", role="status", css_classes=["sdlx-reading"])
+        self.stamp = Text("Waiting for the first numbers.", tone="quiet", css_classes=["sdlx-stamp"])
+        self.words = Text("", visible=False, css_classes=["sdlx-words"])
+        self.about = Text("", tone="quiet", visible=False)
+        self.menu = CardMenu(self._act, label=view.question)
+        self._link = PlotLink(host)
+        self._redraw = None
+        self._plot = pmui.Column(sizing_mode="stretch_width", margin=0)
+        self._table = pmui.Column(sizing_mode="stretch_width", visible=False, margin=(0, 10))
+        self._twin = None
+        title = Text(view.question, tag="h2", css_classes=["sdlx-title"])
+        self._view = pmui.Paper(
+            pmui.Row(title, self.menu, sizing_mode="stretch_width", margin=0),
+            self.reading,
+            self.words,
+            self._plot,
+            self._table,
+            self.about,
+            self.stamp,
+            elevation=1,
+            sizing_mode="stretch_width",
+            margin=(8, 10),
+            css_classes=["sdlx-card", f"sdlx-card-{view.id}"],
+        )
+
+    def __panel__(self):
+        return self._view
+
+    def refresh(self) -> None:
+        """Bring the card up to date with what is known now."""
+        found = self.host.gather(self.view)
+        look = self.host.look()
+        twin = self.view.id in self.host.state.twins
+        self._stamp(found)
+        if self._drawn is not None and self._drawn == (found.key, look, twin):
+            return
+        if found.pending and self._kept is None:
+            return  # the skeleton stands: title and stamp
+        if not found.pending:
+            self._kept = found
+        self._drawn = (found.key, look, twin)
+        try:
+            self._fill(self._kept, look, twin)
+        except Exception as error:  # one card fails, the page stays
+            log.exception("card %s", self.view.id)
+            self._say(self.host.failure(error))
+
+    def _fill(self, found, look, twin: bool) -> None:
+        if found.error is not None:
+            self._say(self.host.failure(found.error))
+            return
+        why = self.view.empty(*found.values, look)
+        if why is not None:
+            self._say(why)
+            return
+        self._element = self._link.attach(self.view(*found.values, look))
+        self.reading.text = self.view.reading(*found.values, look)
+        self.words.visible = False
+        self._plot.visible = True
+        self._draw(look)
+        self._show_table(found, look, twin)
+
+    def _draw(self, look) -> None:
+        """In place while the layers are the same; a plot of another make otherwise."""
+        make = (look.theme, _make(self._element))
+        if make == self._made:
+            self._redraw.event(counter=self._redraw.counter + 1)
+            return
+        self._made, self._redraw = make, hv.streams.Counter()
+        if isinstance(self._element, hv.Layout):
+            panels = [
+                hv.DynamicMap(lambda counter, at=at: self._element.values()[at], streams=[self._redraw]) for at in range(len(self._element))
+            ]
+            plot = hv.Layout(panels).cols(1).opts(shared_axes=True, merge_tools=True, toolbar="above", backend="bokeh")
+        else:
+            plot = hv.DynamicMap(lambda counter: self._element, streams=[self._redraw])
+        self._plot.objects = [pn.pane.HoloViews(plot, sizing_mode="stretch_width", linked_axes=False, css_classes=["sdlx-plot"])]
+
+    def _show_table(self, found, look, twin: bool) -> None:
+        self.menu.twin = twin
+        if twin:
+            if self._twin is None:
+                self._twin = TableTwin(self.host, f"Table: {self.view.question}")
+                self._table.append(self._twin)
+            self._twin.show(self.view.table(*found.values, look))
+        self._table.visible = twin
+
+    def _say(self, why: str) -> None:
+        """Words instead of a plot."""
+        self.words.text, self.words.visible = why, True
+        self.reading.text = ""
+        self._plot.visible = self._table.visible = False
+
+    def _stamp(self, found) -> None:
+        if found.step is None:
+            return
+        text = f"computed at step {count(found.step)}"
+        if found.note:
+            text += f" · {found.note}"
+        now = self.host.snapshot.step
+        if found.step != now:
+            text += f" · the model is at step {count(now)} now"
+        self.stamp.text = text
+        stale = found.step != now and not self.host.snapshot.running
+        wanted = [*(c for c in self._view.css_classes if c != "sdlx-stale"), *(["sdlx-stale"] if stale else [])]
+        if wanted != self._view.css_classes:
+            self._view.css_classes = wanted
+            self._plot.styles = {"opacity": "0.55"} if stale else {}
+
+    def _act(self, action: str) -> None:
+        if action == "table":
+            twins = self.host.state.twins
+            self.host.state.twins = tuple(t for t in twins if t != self.view.id) if self.view.id in twins else (*twins, self.view.id)
+        elif action == "about":
+            self.about.text = " ".join((self.view.__doc__ or "").split())
+            self.about.visible = not self.about.visible
+        elif action == "python":
+            self.menu.copy(self.python())
+        elif self._kept is not None and self._kept.error is None:
+            self.menu.download(self.view.table(*self._kept.values, self.host.look()).to_csv(index=False), f"{self.view.id}.csv")
+
+    def python(self) -> str:
+        """Lines that give this card's table in a fresh cell."""
+        return self.host.python(self.view)
+
+
+def _make(element) -> tuple:
+    """What a plot cannot change in place: its layers, their kinds and labels, and its height."""
+    if isinstance(element, hv.Layout | hv.Overlay):
+        return (type(element).__name__, _height(element), *(_make(part) for part in element))
+    return (type(element).__name__, element.group, element.label, _height(element))
+
+
+def _height(element):
+    return hv.Store.lookup_options("bokeh", element, "plot").kwargs.get("height")

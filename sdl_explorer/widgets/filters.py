@@ -1,0 +1,45 @@
+"""Filters as chips, each with an ×; a filter selects the latents that pass."""
+
+import panel as pn
+import panel_material_ui as pmui
+
+from sdl_explorer.state import keep, strictest
+from sdl_explorer.views.words import count
+from sdl_explorer.widgets.kit import Text
+
+
+class FilterChips(pn.viewable.Viewer):
+    def __init__(self, host):
+        super().__init__()
+        self.host, self._drawn = host, None
+        self.said = Text("", role="status", css_classes=["sdlx-filter-said"])
+        self._chips = pn.FlexBox(margin=0)
+        self._view = pmui.Column(self._chips, self.said, visible=False, sizing_mode="stretch_width", margin=0, css_classes=["sdlx-filters"])
+
+    def __panel__(self):
+        return self._view
+
+    def refresh(self) -> None:
+        filters, table = self.host.state.filters, self.host.cached_table()
+        if self._drawn == (filters, id(table)):
+            return
+        self._drawn = (filters, id(table))
+        self._view.visible = bool(filters)
+        if not filters:
+            return
+        chip = lambda label, name, click: pmui.Button(
+            label=label, size="small", variant="outlined", margin=(2, 4), on_click=click, css_classes=[f"sdlx-{name}"]
+        )
+        chips = [chip(f"{one.label} ×", "chip", lambda event, one=one: self._remove(one)) for one in filters]
+        self._chips.objects = [*chips, chip("Clear all", "clear-all", lambda event: self.host.clear_filters())]
+        self.said.text = "" if table is None else self._say(filters, table)
+
+    def _say(self, filters, table) -> str:
+        kept = int(keep(filters, table).sum())
+        if kept:
+            return f"{count(kept)} of {count(len(table))} latents."
+        worst, removed = strictest(filters, table)
+        return f"0 of {count(len(table))} latents. The strictest filter is {worst.label} (removes {count(removed)}). [Relax] [Clear all]"
+
+    def _remove(self, one) -> None:
+        self.host.filter(*(f for f in self.host.state.filters if f != one))

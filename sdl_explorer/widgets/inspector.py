@@ -1,0 +1,73 @@
+"""The primary latent up close: status, norms, rate, matches on both sides, and what it fires on."""
+
+import panel as pn
+import panel_material_ui as pmui
+
+from sdl_explorer.diagnosis.alignment import align
+from sdl_explorer.diagnosis.health import check_health
+from sdl_explorer.views.words import NO_SELECTION
+from sdl_explorer.widgets.kit import Html, Text
+
+
+class Inspector(pn.viewable.Viewer):
+    """Follows `state.primary_latent`."""
+
+    def __init__(self, host):
+        super().__init__()
+        self.host = host
+        self._drawn = None
+        self.title = Text("Inspector", tag="h2", css_classes=["sdlx-inspector-title"])
+        self.search = pmui.IntInput(label="Latent", value=None, start=0, width=150, size="small", css_classes=["sdlx-search"])
+        self.search.param.watch(self._search, "value")
+        button = lambda label, name, click: pmui.Button(
+            label=label, on_click=click, css_classes=[f"sdlx-{name}"], size="small", variant="outlined", margin=(4, 3)
+        )
+        self.facts = Text("", role="status", css_classes=["sdlx-facts"])
+        self.feature = Text("", css_classes=["sdlx-feature"])
+        self.examples_title = Text("What it fires on", tag="h3", visible=False)
+        self.examples = Html("", css_classes=["sdlx-examples"])
+        self._view = pmui.Column(
+            self.title,
+            pn.FlexBox(
+                self.search,
+                button("Worst", "worst", lambda event: self.host.select_worst()),
+                button("Random", "random", lambda event: self.host.select_random()),
+                button("Newest dead", "newest-dead", lambda event: self.host.select_newest_dead()),
+                align_items="center",
+                margin=(0, 6),
+                sizing_mode="stretch_width",
+            ),
+            self.facts,
+            self.feature,
+            self.examples_title,
+            self.examples,
+            sizing_mode="stretch_width",
+            margin=(6, 4),
+            css_classes=["sdlx-inspector"],
+        )
+
+    def __panel__(self):
+        return self._view
+
+    def needs(self):
+        return [f for f in (align, check_health) if self.host.knows(f)], []
+
+    def refresh(self) -> None:
+        state, latent = self.host.state, self.host.state.primary_latent
+        lines, feature_lines = self.host.inspect()
+        examples = self.host.example_cards()
+        if self._drawn == (latent, lines, feature_lines, examples, state.theme):
+            return
+        self._drawn = (latent, lines, feature_lines, examples, state.theme)
+        self.search.end = (state.n_latents or 1) - 1
+        if self.search.value != latent:
+            self.search.value = latent
+        self.title.text = "Inspector" if latent is None else f"Latent {latent}"
+        self.facts.text = NO_SELECTION if latent is None else "\n".join(lines)
+        self.feature.text = "\n".join(feature_lines)
+        self.examples_title.visible = latent is not None
+        self.examples.html = examples
+
+    def _search(self, event) -> None:
+        if event.new is not None and event.new != self.host.state.primary_latent:
+            self.host.select(latents=(event.new,))

@@ -1,0 +1,59 @@
+"""C5: one sentence per commit, as a table that the keyboard can walk."""
+
+import pandas as pd
+import panel as pn
+import panel_material_ui as pmui
+
+from sdl_explorer.views.history import LogLine, log_lines, log_reading
+from sdl_explorer.widgets.kit import Text
+from sdl_explorer.widgets.table_twin import TableTwin
+
+
+def log_table(commits, look) -> pd.DataFrame:
+    return pd.DataFrame(log_lines(commits, look), columns=LogLine._fields)
+
+
+class Log(pn.viewable.Viewer):
+    def __init__(self, host):
+        super().__init__()
+        self.host, self._drawn, self._row = host, None, None
+        self.reading = Text("", role="status", css_classes=["sdlx-reading"])
+        self.table = TableTwin(host, "Log of the run", on_rows=self._chosen, rows=8)
+        button = lambda label, name, click: pmui.Button(
+            label=label, on_click=click, disabled=True, size="small", variant="outlined", margin=(4, 5), css_classes=[f"sdlx-log-{name}"]
+        )
+        self.python = Text("", tone="quiet", visible=False, css_classes=["sdlx-python"])
+        self.checkout, self.show = button("Check out", "checkout", self._checkout), button("Show the Python", "python", self._python)
+        self._view = pmui.Paper(
+            Text("What has happened?", tag="h2"), self.reading, self.table, pmui.Row(self.checkout, self.show, margin=0), self.python,
+            elevation=1, sizing_mode="stretch_width", margin=(8, 10), css_classes=["sdlx-card", "sdlx-card-C5"],
+        )  # fmt: skip
+
+    def __panel__(self):
+        return self._view
+
+    def refresh(self) -> None:
+        commits, head = self.host.session.commits, self.host.session.head.id
+        self.checkout.disabled = self._row is None or self.host.snapshot.running or not self.host.session.writable
+        if self._drawn == (commits, head):
+            return
+        self._drawn, self._row = (commits, head), None
+        self.reading.text = log_reading(commits)
+        frame = log_table(commits, self.host.look())
+        self.table.show(frame[["step", "shape", "sentence", "commit", "on_branch"]])
+
+    def _chosen(self, rows: list[int]) -> None:
+        self._row = rows[0] if rows else None
+        self.show.disabled = self._row is None
+        self.refresh()
+
+    def _commit(self) -> str:
+        return self.table.table.value["commit"].iloc[self._row]
+
+    async def _checkout(self, event) -> None:
+        commit = self._commit()
+        await self.host.do(self.host.session.revert, commit, said=f"Checked out {commit}. Nothing was deleted.")
+
+    def _python(self, event) -> None:
+        line = next(line for line in log_lines(self.host.session.commits, self.host.look()) if line.commit == self._commit())
+        self.python.text, self.python.visible = line.python or f"session.revert({line.commit!r})", True

@@ -1,0 +1,53 @@
+"""A page: a question, and the cards that answer it. Its cards are made when it is first shown."""
+
+import panel as pn
+import panel_material_ui as pmui
+
+from sdl_explorer.widgets.kit import Text
+
+
+class Page(pn.viewable.Viewer):
+    """`parts` makes the page's content: viewers with `refresh()`."""
+
+    def __init__(self, title: str, question: str, parts, visible: bool = True):
+        super().__init__()
+        self.title, self._make, self.parts = title, parts, None
+        self._view = pmui.Column(
+            Text(question, tag="p", css_classes=["sdlx-question"]),
+            visible=visible,
+            sizing_mode="stretch_width",
+            margin=0,
+            css_classes=["sdlx-page", f"sdlx-page-{title.lower()}"],
+        )
+
+    def __panel__(self):
+        return self._view
+
+    @property
+    def shown(self) -> bool:
+        return self._view.visible
+
+    def show(self, shown: bool) -> None:
+        if shown and self.parts is None:
+            self.parts = self._make()
+            self._view.extend(self.parts)
+        if self._view.visible != shown:
+            self._view.visible = shown
+
+    def refresh(self) -> None:
+        for part in self.parts or ():
+            part.refresh()
+
+    @property
+    def cards(self) -> list:
+        """Parts that draw a view."""
+        return [part for part in self.parts or () if hasattr(part, "view")]
+
+    def needs(self, host) -> tuple[list, list]:
+        """Findings that the page's cards read now, and those at the commit that they compare with."""
+        now, before = [], []
+        for part in self.parts or ():
+            wants = host.needs(part.view) if hasattr(part, "view") else part.needs() if hasattr(part, "needs") else ([], [])
+            now += wants[0]
+            before += wants[1]
+        return list(dict.fromkeys(now)), list(dict.fromkeys(before))
