@@ -52,7 +52,7 @@ class Recorder:
         return self._points
 
     def history(self) -> History:
-        points = self._points
+        points = list(self._points)  # the lane may add to it meanwhile
         names = dict.fromkeys(name for p in points for name in p if name not in ("step", "l0", "dead"))
         column = lambda name: np.array([p.get(name, np.nan) for p in points], dtype=np.float64)
         return History(column("step").astype(np.int64), {n: column(n) for n in names}, column("l0"), column("dead"))
@@ -68,7 +68,7 @@ def _decimated(points: list[dict[str, float]]) -> list[dict[str, float]]:
     kept = []
     for start in range(0, len(points), 4):
         group = range(start, min(start + 4, len(points)))
-        total = [points[i]["total"] for i in group]
+        total = np.nan_to_num([points[i]["total"] for i in group], nan=np.inf)
         low, high = start + int(np.argmin(total)), start + int(np.argmax(total))
         kept += [points[i] for i in sorted({low, high})]
     return kept

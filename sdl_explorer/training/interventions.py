@@ -58,7 +58,7 @@ class Resample(Intervention):
         dictionary = state.dictionary
         latents = _chosen("Resample", self.latents, state)
         losses, reconstruct = _losses(dictionary, choose)
-        picks = self._picks(losses, len(latents), generator)
+        picks = self._picks(losses * _has_direction(dictionary, choose), len(latents), generator)
         inputs = choose.inputs[picks.to(choose.inputs.device)].to(dictionary.device)
         targets = choose.targets[picks.to(choose.targets.device)].to(dictionary.device)
         written = targets - reconstruct(inputs) if self.target == "residual" else dictionary.centred(targets)
@@ -67,13 +67,8 @@ class Resample(Intervention):
         same = read.shape == written.shape and torch.equal(read, written)
         W_enc = _noisy(read, self.noise, generator)
         W_dec = W_enc.clone() if same else _noisy(written, self.noise, generator)
-        alive = ~state.dead
-        alive[latents] = False
-        if not alive.any():
-            alive[:] = True
+        alive = _alive(state, latents)
         encoder_scale = self.scale * dictionary.W_enc[alive].norm(dim=1).mean()
-        sigma = {name: t[alive].mean(dim=0).expand(len(latents), *t.shape[1:]).clone() for name, t in dictionary.per_latent().items()}
-        pins = state.pins.without(latents.tolist()) if state.pins is not None else None
 
         nearest = _nearest(dictionary, W_dec, latents)
         rows = tuple(
@@ -86,8 +81,8 @@ class Resample(Intervention):
             W_enc * encoder_scale,
             torch.zeros_like(dictionary.b_enc[latents]),
             W_dec,
-            sigma,
-            pins,
+            _mean_sigma(dictionary, alive, len(latents)),
+            state.pins,
             latents,
             {},
             f"{len(latents)} latents restart from {'the worst' if self.pick == 'worst' else 'loss-weighted'} "
@@ -98,13 +93,15 @@ class Resample(Intervention):
         return replace(plan, expected=_expected(plan, state, choose, float(losses.mean())))
 
     def _picks(self, losses: Tensor, n: int, generator: Generator) -> Tensor:
-        if self.pick == "worst":
-            order = losses.argsort(descending=True)
-            return order[torch.arange(n) % len(order)]
-        weights = losses.square()
-        if not weights.sum() > 0:
+        if not losses.isfinite().all():
+            raise ValueError("Resample: the loss of some choose rows is not finite; revert to the last finite commit first.")
+        weights = (losses / losses.max()).square()  # of the largest, since squares of small losses may round to zero
+        usable = int((weights > 0).sum())
+        if usable == 0:
             raise ValueError("Resample: every choose row is reconstructed exactly, so no input is worth a latent. Nothing to resample.")
-        return torch.multinomial(weights, n, replacement=n > int((weights > 0).sum()), generator=generator)
+        if self.pick == "worst":
+            return losses.argsort(descending=True)[:usable][torch.arange(n) % usable]
+        return torch.multinomial(weights, n, replacement=n > usable, generator=generator)
 
     def _command(self, latents: Tensor) -> str:
         changed = {k: v for k, v in self.param.values(onlychanged=True).items() if k not in ("name", "latents")}
@@ -117,7 +114,8 @@ class Anchor(Intervention):
 
     Soft: the loss gains weight * (|W_enc_i - a|^2 + |W_dec_i - b|^2). Hard: both rows are set to the anchor
     and do not move. `latents=None` takes dead latents first, then the best decoder match of each anchor. A
-    dead latent starts at its anchor, a live one is pulled there. Optimiser moments of those rows are cleared.
+    dead latent starts at its anchor, with the mean alive encoder norm and sigma, a live one is pulled there.
+    Latents that are pinned already are taken only by name. Optimiser moments of those rows are cleared.
     """
 
     anchors = param.ClassSelector(
@@ -139,18 +137,19 @@ class Anchor(Intervention):
                 "build them from this session's data."
             )
         device = dictionary.device
-        latents = self._slots(state)
+        latents = self._slots(state, anchors)
         k = len(latents)
         pins = Pins(anchors, latents.cpu(), torch.full((k,), float(self.weight)), torch.full((k,), self.hard)).to(device)
         inputs, targets = pins.anchors.inputs, pins.anchors.targets
 
         restart = state.dead[latents] | self.hard
-        alive = ~state.dead
-        norm = dictionary.W_enc[alive].norm(dim=1).mean() if alive.any() else torch.ones((), device=device)
-        scale = torch.ones((), device=device) if self.hard else norm
-        W_enc = torch.where(restart[:, None], inputs * scale, dictionary.W_enc[latents])
-        W_dec = torch.where(restart[:, None], targets, dictionary.W_dec[latents])
-        b_enc = torch.where(restart, 0.0, dictionary.b_enc[latents])
+        alive = _alive(state, latents[state.dead[latents]])
+        scale = 1.0 if self.hard else dictionary.W_enc[alive].norm(dim=1).mean()
+        restarted = lambda new, old: torch.where(restart.view(-1, *[1] * (old.ndim - 1)), new, old[latents])
+        W_enc, W_dec = restarted(inputs * scale, dictionary.W_enc), restarted(targets, dictionary.W_dec)
+        b_enc = restarted(torch.zeros((), device=device), dictionary.b_enc)
+        fresh = _mean_sigma(dictionary, alive, k)
+        sigma = {name: restarted(fresh[name], old) for name, old in dictionary.per_latent().items()}
         nearest = _nearest(dictionary, targets, latents)
         rows = tuple(
             PlanRow(int(i), name, None, None, j, c, float(e.norm()), float(b))
@@ -163,8 +162,8 @@ class Anchor(Intervention):
             W_enc,
             b_enc,
             W_dec,
-            {},
-            pins if state.pins is None else state.pins.merged(pins),
+            sigma,
+            state.pins,
             latents,
             {},
             f"{k} latents ({n_dead} of them dead) are {'fixed' if self.hard else f'pulled with weight {self.weight:g}'} to {k} anchors"
@@ -174,30 +173,30 @@ class Anchor(Intervention):
             pins,
         )
         losses, _ = _losses(dictionary, choose)
-        return replace(plan, expected=_expected(plan, state, choose, float(losses.mean())), python=self._command(latents))
+        return replace(plan, expected=_expected(plan, state, choose, float(losses.mean())), python=self._command(anchors, latents))
 
-    def _slots(self, state: TrainState) -> Tensor:
-        device, k = state.dictionary.device, len(self.anchors)
+    def _slots(self, state: TrainState, anchors: Anchors) -> Tensor:
+        device, k = state.dictionary.device, len(anchors)
         if self.latents is not None:
             latents = _chosen("Anchor", self.latents, state)
             if len(latents) != k:
                 raise ValueError(f"Anchor: {len(latents)} latents for {k} anchors; give one latent per anchor, or latents=None.")
             return latents
-        if k > state.dictionary.n_latents:
-            raise ValueError(f"Anchor: {k} anchors and only {state.dictionary.n_latents} latents; anchor fewer directions.")
         pinned = set() if state.pins is None else set(state.pins.latents.tolist())
+        free = state.dictionary.n_latents - len(pinned)
+        if k > free:
+            raise ValueError(f"Anchor: {k} anchors and only {free} latents that are not pinned; anchor fewer directions, or release some.")
         dead = [i for i in state.dead.nonzero().flatten().tolist() if i not in pinned][:k]
-        slots, taken = list(dead), set(dead)
+        slots, taken = list(dead), pinned | set(dead)
         unit = normalize(state.dictionary.W_dec, dim=1)
-        for target in self.anchors.targets[len(dead) :].to(device):
+        for target in anchors.targets[len(dead) :].to(device):
             ranked = (unit @ target).argsort(descending=True).tolist()
             best = next(i for i in ranked if i not in taken)
             slots.append(best)
             taken.add(best)
         return torch.tensor(slots, dtype=torch.long, device=device)
 
-    def _command(self, latents: Tensor) -> str:
-        told = self.anchors
+    def _command(self, told: Anchors, latents: Tensor) -> str:
         made = f"Anchors.from_truth(session.source.sample(1, torch.Generator()), {list(told.features)})"
         if not told.features or min(told.features) < 0:
             made = f"anchors  # {', '.join(told.names)}"
@@ -221,7 +220,7 @@ class Release(Intervention):
             raise ValueError(f"Release: {subject}; pinned latents: {pinned}.")
         latents = torch.tensor(chosen, dtype=torch.long, device=state.dictionary.device)
         return Plan(
-            "release", latents, None, None, None, {}, state.pins.without(chosen), latents[:0], {},
+            "release", latents, None, None, None, {}, state.pins, latents[:0], {},
             f"{len(chosen)} latents are no longer held to their anchors.", (), f"session.release({chosen})",
         )  # fmt: skip
 
@@ -236,6 +235,24 @@ def evaluating(dictionary: SparseDictionary) -> Iterator[SparseDictionary]:
         dictionary.train(mode)
 
 
+def _alive(state: TrainState, restarting: Tensor) -> Tensor:
+    """The latents whose mean a restart follows: neither dead nor restarting, or all where none is left."""
+    alive = ~state.dead
+    alive[restarting] = False
+    return alive if alive.any() else torch.ones_like(alive)
+
+
+def _mean_sigma(dictionary: SparseDictionary, alive: Tensor, n: int) -> dict[str, Tensor]:
+    """Per-latent parameters of sigma for n restarted latents: the mean of the alive ones."""
+    return {name: t[alive].mean(dim=0).expand(n, *t.shape[1:]).clone() for name, t in dictionary.per_latent().items()}
+
+
+def _has_direction(dictionary: SparseDictionary, choose: Activations) -> Tensor:
+    """Which choose rows are zero neither as input nor as target, as the encoder sees them; bool on the CPU."""
+    centre = dictionary.b_dec.cpu() if dictionary.subtract_b_dec else 0.0
+    return ((choose.inputs.cpu() - centre).norm(dim=1) > 0) & ((choose.targets.cpu() - centre).norm(dim=1) > 0)
+
+
 def _chosen(who: str, latents, state: TrainState) -> Tensor:
     if latents is None:
         chosen = state.dead.nonzero().flatten()
@@ -244,16 +261,23 @@ def _chosen(who: str, latents, state: TrainState) -> Tensor:
                 f"{who}: no latent has been silent for {state.dead_after:,} samples. Nothing to do; name latents to do it anyway."
             )
         return chosen
-    chosen = torch.as_tensor(latents).flatten()
+    return named_latents(who, latents, state.dictionary.n_latents).to(state.dictionary.device)
+
+
+def named_latents(who: str, latents, n_latents: int) -> Tensor:
+    """The given latent numbers, int64 on the CPU; ValueError where they are not some of 0 to n_latents - 1, each once."""
+    try:
+        chosen = torch.as_tensor(latents).flatten().cpu()
+    except (TypeError, ValueError, RuntimeError):
+        chosen = torch.zeros(0)
     if len(chosen) == 0 or chosen.is_floating_point() or chosen.dtype == torch.bool:
         raise ValueError(f"{who}: latents is {latents!r}; give a non-empty list of latent numbers, or None.")
-    n_latents = state.dictionary.n_latents
     outside = chosen[(chosen < 0) | (chosen >= n_latents)]
     if len(outside):
         raise ValueError(f"{who}: latent {int(outside[0])} does not exist; there are {n_latents} (0 to {n_latents - 1}).")
     if len(chosen.unique()) < len(chosen):
         raise ValueError(f"{who}: a latent is named twice in {chosen.tolist()}; name each once.")
-    return chosen.long().to(state.dictionary.device)
+    return chosen.long()
 
 
 @torch.no_grad()

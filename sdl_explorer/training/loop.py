@@ -62,8 +62,7 @@ def _holding(state: TrainState, only) -> Iterator[None]:
     rows = state.row_parameters()
     before = [(tensor, tensor.clone()) for p in rows for tensor in (p, *state.moments(p))]
     known = {id(tensor) for tensor, _ in before}
-    others = _other_tensors(state, rows) if only is not None else []
-    fixed = [(tensor, tensor.clone()) for tensor in others]
+    fixed = [] if only is None else [(tensor, tensor.clone()) for tensor in _shared_tensors(state, rows)]
     yield
     born = [m for p in rows for m in state.moments(p) if id(m) not in known]
     for tensor, kept in before + [(m, torch.zeros_like(m)) for m in born]:
@@ -74,19 +73,21 @@ def _holding(state: TrainState, only) -> Iterator[None]:
 
 
 def _held_rows(state: TrainState, only) -> Tensor | None:
-    hard = state.pins is not None and state.pins.any_hard
-    if only is None and not hard:
+    pins = state.pins if state.pins is not None and state.pins.any_hard else None
+    if only is None and pins is None:
         return None
     held = torch.zeros_like(state.samples_since_fired, dtype=torch.bool)
     if only is not None:
         held.fill_(True)[torch.as_tensor(only, device=held.device)] = False
-    if hard:
-        held[state.pins.latents] |= state.pins.hard
+    if pins is not None:
+        held[pins.latents] |= pins.hard
     return held
 
 
-def _other_tensors(state: TrainState, rows: list[Parameter]) -> list[Tensor]:
-    """Parameters, moments and buffers that belong to no single latent."""
+def _shared_tensors(state: TrainState, rows: list[Parameter]) -> list[Tensor]:
+    """Parameters and buffers that belong to no single latent; their gradients go, so that no moments follow them."""
     mine = {id(p) for p in rows}
-    parameters = [p for p in state.dictionary.parameters() if id(p) not in mine]
-    return [t for p in parameters for t in (p, *state.moments(p))] + list(state.dictionary.buffers())
+    shared = [p for p in state.dictionary.parameters() if id(p) not in mine]
+    for parameter in shared:
+        parameter.grad = None
+    return [*shared, *state.dictionary.buffers()]

@@ -26,9 +26,11 @@ class PlanRow(NamedTuple):
 
 @dataclass(frozen=True)
 class Plan:
-    """New rows for `latents` (None: rows stay), the pins from then on, and whose moments are cleared.
+    """New rows for `latents` (None: rows stay), the pins it adds, and whose moments are cleared.
 
-    `expected` estimates the mean squared error on the choose rows before and right after.
+    Former pins of `latents` end. `held` are the pins it was planned on and `pins` those that follow, so that
+    others may be added in between. `expected` estimates the mean squared error on the choose rows before and
+    right after.
     """
 
     intervention: str
@@ -37,36 +39,43 @@ class Plan:
     b_enc: Tensor | None
     W_dec: Tensor | None
     sigma: dict[str, Tensor]
-    pins: Pins | None
+    held: Pins | None
     clears: Tensor
     expected: dict[str, float]
     reading: str
     rows: tuple[PlanRow, ...] = ()
     python: str = ""
-    changed_pins: Pins | None = None  # the pins this plan itself adds
+    changed_pins: Pins | None = None  # the pins this plan itself adds, in the order of `latents`
+
+    @property
+    def pins(self) -> Pins | None:
+        return self._pins_after(self.held)
 
     @torch.no_grad()
     def apply(self, state: TrainState) -> None:
         """Weights *and* optimiser moments of exactly those rows, in place."""
         dictionary = state.dictionary
+        rows = {"W_enc": self.W_enc, "b_enc": self.b_enc, "W_dec": self.W_dec}
+        tensors = {name: getattr(dictionary, name) for name in rows} | dictionary.per_latent()
+        for name, new in (rows | self.sigma).items():
+            if new is not None:
+                tensors[name][self.latents] = new
         if self.W_enc is not None:
-            dictionary.W_enc[self.latents] = self.W_enc
-            dictionary.b_enc[self.latents] = self.b_enc
-            dictionary.W_dec[self.latents] = self.W_dec
-            for name, rows in self.sigma.items():
-                dictionary.per_latent()[name][self.latents] = rows
             state.samples_since_fired[self.latents] = 0
         state.clear_moments(self.clears)
-        state.pins = self.pins
+        state.pins = self._pins_after(state.pins)
+
+    def _pins_after(self, pins: Pins | None) -> Pins | None:
+        others = None if pins is None else pins.without(self.latents.tolist())
+        if others is None or self.changed_pins is None:
+            return others or self.changed_pins
+        return others.merged(self.changed_pins)
 
     def drop(self, latents) -> "Plan":
         """The same plan without some latents."""
-        out = {int(i) for i in latents}
+        out = {int(i) for i in latents} & set(self.latents.tolist())
         keep = torch.tensor([int(i) not in out for i in self.latents], dtype=torch.bool, device=self.latents.device)
         kept = lambda t: None if t is None else t[keep]
-        pins = self.pins
-        if self.changed_pins is not None and pins is not None:
-            pins = pins.without(out & set(self.changed_pins.latents.tolist()))
         clears = torch.tensor([int(i) for i in self.clears if int(i) not in out], dtype=torch.long, device=self.clears.device)
         return replace(
             self,
@@ -75,7 +84,6 @@ class Plan:
             b_enc=kept(self.b_enc),
             W_dec=kept(self.W_dec),
             sigma={name: rows[keep] for name, rows in self.sigma.items()},
-            pins=pins,
             clears=clears,
             changed_pins=None if self.changed_pins is None else self.changed_pins.without(out),
             rows=tuple(row for row in self.rows if row.latent not in out),
@@ -84,18 +92,19 @@ class Plan:
         )
 
     def sham(self, generator: Generator) -> "Plan":
-        """The same reset in random directions: tells a repair apart from any reset."""
-        W_enc, W_dec = self.W_enc, self.W_dec
-        if W_enc is not None and W_dec is not None:
-            W_enc, W_dec = _random_pair(W_enc, W_dec, generator)
-        pins = self.pins
-        if self.changed_pins is not None:
-            told = self.changed_pins.anchors
-            anchors = Anchors(*_random_pair(told.inputs, told.targets, generator), told.names)
-            random_pins = replace(self.changed_pins, anchors=anchors)
-            others = self.pins.without(self.changed_pins.latents.tolist()) if self.pins else None
-            pins = others.merged(random_pins) if others else random_pins
-        return replace(self, W_enc=W_enc, W_dec=W_dec, pins=pins, reading="Sham: " + self.reading)
+        """The same reset, or the same anchors, in random directions: tells a repair apart from any reset."""
+        reading, pins = "Sham: " + self.reading, self.changed_pins
+        if self.W_enc is None or self.W_dec is None:
+            return replace(self, reading=reading)
+        if pins is None:
+            W_enc, W_dec = _random_pair(self.W_enc, self.W_dec, generator)
+            return replace(self, W_enc=W_enc, W_dec=W_dec, reading=reading)
+        told = pins.anchors
+        drawn = Anchors(*_random_pair(told.inputs, told.targets, generator), told.names)
+        at_anchor = torch.cosine_similarity(self.W_dec, told.targets)[:, None] > 1 - 1e-5  # the others stay, and are pulled
+        W_enc = torch.where(at_anchor, drawn.inputs * self.W_enc.norm(dim=1, keepdim=True), self.W_enc)
+        W_dec = torch.where(at_anchor, drawn.targets * self.W_dec.norm(dim=1, keepdim=True), self.W_dec)
+        return replace(self, W_enc=W_enc, W_dec=W_dec, changed_pins=replace(pins, anchors=drawn), reading=reading)
 
 
 def random_like(rows: Tensor, generator: Generator) -> Tensor:
