@@ -10,6 +10,7 @@ from torch import Tensor
 from sdl_explorer.data.activations import Activations
 from sdl_explorer.diagnosis.observe import FIRES, block_rows, evaluating
 from sdl_explorer.models.dictionary import SparseDictionary
+from sdl_explorer.models.formats.files import number
 
 FITS_UP_TO = 0.5  # unexplained variance: at least half of the variance is explained
 GAIN_FROM = 0.3  # a scale counts from this fall of the cost: a quarter of the error at equal L0
@@ -139,8 +140,8 @@ def _stated_l0(dictionary: SparseDictionary) -> float | None:
     """Latents per row, where the nonlinearity or the file says it."""
     metadata = dictionary.provenance.get("metadata", {})
     details = metadata.get("training_architecture_details")
-    stated = (getattr(dictionary.nonlinearity, "k", None), details.get("k") if isinstance(details, dict) else None, metadata.get("l0"))
-    return next((float(value) for value in stated if type(value) in (int, float) and value > 0), None)
+    stored = (getattr(dictionary.nonlinearity, "k", None), details.get("k") if isinstance(details, dict) else None, metadata.get("l0"))
+    return next((value for value in map(number, stored) if value), None)
 
 
 def _sparsity(l0: float, dictionary: SparseDictionary) -> str:
@@ -173,7 +174,7 @@ def _measure(dictionary: SparseDictionary, inputs: Tensor, targets: Tensor, s: f
 def _best_scale(cost_at: Callable[[float], float]) -> float:
     """The s of least cost, or 1 where it is not cheaper than 1."""
     costs = {s: cost_at(s) for s in _GRID}
-    coarse = min(costs, key=costs.get)
+    coarse = min(costs, key=lambda s: costs[s])
     low, high = log(coarse) - log(10) / 6, log(coarse) + log(10) / 6
     left, right = high - _GOLDEN * (high - low), low + _GOLDEN * (high - low)
     at_left, at_right = cost_at(exp(left)), cost_at(exp(right))
@@ -209,4 +210,4 @@ def _compare(file_hooks: tuple[str, ...], data_hooks: tuple[str, ...]) -> HookMa
 def _refused(n: int, widths: tuple[int, int], dictionary: SparseDictionary, names: dict) -> Preflight:
     nan = float("nan")
     reason = f"the rows have {widths[0]} and {widths[1]} columns, and the dictionary reads {dictionary.d_in} and writes {dictionary.d_out}"
-    return Preflight("does not fit", reason, False, False, n, 1.0, *(nan,) * 8, **names)
+    return Preflight("does not fit", reason, False, False, n, 1.0, nan, nan, nan, nan, nan, nan, nan, nan, **names)

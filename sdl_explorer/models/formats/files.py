@@ -1,6 +1,7 @@
 """Safetensors and JSON files read with errors that name the file, what is wrong with it and the way out."""
 
 import json
+from math import isfinite
 from pathlib import Path
 
 import safetensors.torch
@@ -57,7 +58,12 @@ def read_json(path: Path) -> dict:
     return value
 
 
-def check_tensors(path: Path, tensors: dict[str, Tensor], shapes: dict[str, tuple[int, ...]]) -> None:
+def number(value) -> float | None:
+    """A JSON value as a finite number, None for anything else; true and false are none."""
+    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) and isfinite(value) else None
+
+
+def check_tensors(path: Path | str, tensors: dict[str, Tensor], shapes: dict[str, tuple[int, ...]]) -> None:
     """Exactly the named tensors, in these shapes and finite."""
     if missing := sorted(set(shapes) - set(tensors)):
         raise ValueError(f"{path}: tensor {missing[0]} is missing; this kind of dictionary needs {', '.join(sorted(shapes))}.")
@@ -67,7 +73,7 @@ def check_tensors(path: Path, tensors: dict[str, Tensor], shapes: dict[str, tupl
         check_tensor(path, name, tensors[name], shape)
 
 
-def check_tensor(path: Path, name: str, value: Tensor, shape: tuple[int, ...]) -> None:
+def check_tensor(path: Path | str, name: str, value: Tensor, shape: tuple[int, ...]) -> None:
     if tuple(value.shape) != tuple(shape):
         raise ValueError(f"{path}: {name} has shape {tuple(value.shape)}; by the rest of the file it must be {tuple(shape)}.")
     bad = value.isnan() if name.endswith("threshold") else ~value.isfinite()  # an infinite threshold switches a latent off

@@ -113,8 +113,8 @@ def build_dictionary(record: dict, tensors: dict[str, Tensor], origin: Path | st
 
     sigma = member(**settings)
     sigma.load_state_dict({name: tensors[f"nonlinearity.{name}"] for name in state}, assign=True)
-    rows = (tensors[name] for name in ("W_enc", "W_dec", "b_enc", "b_dec"))
-    dictionary = SparseDictionary(*rows, sigma, subtract_b_dec=_flag(origin, record))
+    flag = _flag(origin, record)
+    dictionary = SparseDictionary(tensors["W_enc"], tensors["W_dec"], tensors["b_enc"], tensors["b_dec"], sigma, subtract_b_dec=flag)
     dictionary.provenance = dict(record.get("provenance") or {})
     return dictionary
 
@@ -153,7 +153,8 @@ def _rows_columns(origin, tensors: dict[str, Tensor], name: str) -> tuple[int, i
         raise ValueError(f"{origin}: tensor {name} is missing; every dictionary has W_enc, W_dec, b_enc and b_dec.")
     if tensors[name].ndim != 2:
         raise ValueError(f"{origin}: {name} has shape {tuple(tensors[name].shape)}; it must be a matrix with one row per latent.")
-    return tuple(tensors[name].shape)
+    rows, columns = tensors[name].shape
+    return rows, columns
 
 
 def _nonlinearity(origin, entry, n_latents: int) -> tuple[type[Nonlinearity], dict]:

@@ -15,6 +15,7 @@ What the format cannot hold is refused with the reason. Reference: https://decod
 
 import json
 from pathlib import Path
+from typing import NoReturn
 
 from torch import Tensor
 
@@ -22,7 +23,7 @@ import sdl_explorer
 from sdl_explorer.models.atomic import replace_directory, write_file
 from sdl_explorer.models.dictionary import Nonlinearity, SparseDictionary
 from sdl_explorer.models.formats.base import Format, kind_of, provenance
-from sdl_explorer.models.formats.files import check_tensor, check_tensors, read_json, read_tensors, tensor_bytes
+from sdl_explorer.models.formats.files import check_tensor, check_tensors, number, read_json, read_tensors, tensor_bytes
 from sdl_explorer.models.methods.jumprelu import JumpRectified
 from sdl_explorer.models.methods.relu import Rectified
 from sdl_explorer.models.methods.topk import BatchTopKSelection, TopKSelection
@@ -161,8 +162,10 @@ class _Config:
         self.metadata = dict(metadata) if isinstance(metadata, dict) else self._refuse("metadata", "an object")
         if "sae_lens_version" in self.raw:
             self.metadata.setdefault("sae_lens_version", self.raw["sae_lens_version"])
+        ours = self.metadata.get("sdl_explorer")
+        self.ours = ours if isinstance(ours, dict) else {}
         self._check_version()
-        self.architecture = self.raw.get("architecture")
+        self.architecture = str(self.raw.get("architecture"))
         if self.architecture not in _READ:
             raise ValueError(f"{path}: architecture {self.architecture!r} is not read here; {', '.join(_READ)} are. Open it with sae-lens.")
         self.d_in, self.d_sae = self.size("d_in"), self.size("d_sae")
@@ -175,7 +178,7 @@ class _Config:
             )
         top = self.architecture == "topk" or self.architecture in _BATCHED
         self.rescaled = top and self.flag("rescale_acts_by_decoder_norm", self.architecture != "topk")
-        self.k = self._k() if top else None
+        self.k = self._k() if top else 0
         self.reshape = self.raw.get("reshape_activations", "none")
         if self.reshape == "hook_z":
             self.assume("inputs are hook_z activations with the heads flattened")
@@ -194,10 +197,10 @@ class _Config:
         return value if isinstance(value, bool) else self._refuse(key, "true or false")
 
     def _k(self) -> int:
-        k = self.raw.get("k")
-        if type(k) not in (int, float) or not 0 < k <= self.d_sae or (self.architecture == "topk" and k != int(k)):
+        k = number(self.raw.get("k"))
+        if k is None or not 0 < k <= self.d_sae or (self.architecture == "topk" and not k.is_integer()):
             self._refuse("k", f"a number from 1 to d_sae = {self.d_sae}, whole for topk")
-        if k != int(k):
+        if not k.is_integer():
             self.assume(f"k is {k} latents per row on average; training goes on with {max(1, round(k))}")
         return max(1, round(k))
 
@@ -208,7 +211,7 @@ class _Config:
             raise ValueError(f"{self.path}: {old[0]} is a key of SAELens before version 6. Open it with sae-lens and save it again.")
         self.assume(f"{CONFIG} has no sae_lens_version from 6.0.0; its keys are read as version 6")
 
-    def _refuse(self, key: str, limit: str):
+    def _refuse(self, key: str, limit: str) -> NoReturn:
         raise ValueError(
             f"{self.path}: {key} is {self.raw.get(key)!r}; it must be {limit}. Correct the file or write it again with sae-lens."
         )
@@ -252,17 +255,18 @@ def _input_scale(config: _Config, path: Path) -> float | None:
         raise ValueError(
             f"{config.path}: normalize_activations is {kind!r}; none and expected_average_only_in are read. Open it with sae-lens."
         )
-    factor = scaler.get("scaling_factor")
-    if kind == "none" and factor in (None, 1):
+    stored = scaler.get("scaling_factor")
+    if kind == "none" and stored in (None, 1):
         return None
     if kind == "none":
-        raise ValueError(f"{path}: scaling_factor is {factor!r} and {CONFIG} says that nothing is scaled. Delete the one that is wrong.")
-    if type(factor) not in (int, float) or not 0 < factor < float("inf"):
+        raise ValueError(f"{path}: scaling_factor is {stored!r} and {CONFIG} says that nothing is scaled. Delete the one that is wrong.")
+    factor = number(stored)
+    if factor is None or factor <= 0:
         raise ValueError(
-            f"{path}: scaling_factor is {factor!r}, and normalize_activations is expected_average_only_in: this checkpoint is "
+            f"{path}: scaling_factor is {stored!r}, and normalize_activations is expected_average_only_in: this checkpoint is "
             "unfinished, and without a positive factor nobody knows the scale of its inputs. Finish it with sae-lens."
         )
-    return float(factor)
+    return factor
 
 
 def _fold_scale(tensors: dict[str, Tensor], s: float, rescaled: bool) -> None:
@@ -298,22 +302,20 @@ def _nonlinearity(config: _Config, tensors: dict[str, Tensor]) -> Nonlinearity:
 
 
 def _bandwidth(config: _Config) -> dict[str, float]:
-    ours = config.metadata.get("sdl_explorer")
-    settings = ours.get("settings", {}) if isinstance(ours, dict) else {}
-    value = config.raw.get("jumprelu_bandwidth", settings.get("bandwidth"))
-    return {"bandwidth": value} if type(value) in (int, float) and value > 0 else {}
+    settings = config.ours.get("settings")
+    value = number(config.raw.get("jumprelu_bandwidth", settings.get("bandwidth") if isinstance(settings, dict) else None))
+    return {"bandwidth": value} if value is not None and value > 0 else {}
 
 
 def _provenance(config: _Config, path: Path) -> dict:
     metadata = config.metadata
-    ours = metadata.get("sdl_explorer")
     trained = metadata.get("sae_lens_training_version")
-    by_us = isinstance(ours, dict) and trained is None
+    by_us = bool(config.ours) and trained is None
     known = {key: metadata.get(key, config.raw.get(key)) for key in ("model_name", "hook_name", "hook_name_out")}
     origin = provenance(
         "saelens",
         "sdl_explorer" if by_us else "sae_lens",
-        ours.get("version") if by_us else trained or metadata.get("sae_lens_version"),
+        config.ours.get("version") if by_us else trained or metadata.get("sae_lens_version"),
         kind="transcoder" if config.transcoder else "sae",
         architecture=config.architecture,
         reshape_activations=config.reshape,
