@@ -26,7 +26,7 @@ class History:
 class Recorder:
     """Takes `Step`s without waiting for the device; `flush` converts them, a few times a second."""
 
-    def __init__(self, points: list[dict[str, float]] | None = None):
+    def __init__(self, points: list[dict[str, float | int]] | None = None):
         self._points = list(points or [])
         self._pending: list[Step] = []
 
@@ -48,7 +48,7 @@ class Recorder:
         return diverged
 
     @property
-    def points(self) -> list[dict[str, float]]:
+    def points(self) -> list[dict[str, float | int]]:
         return self._points
 
     def history(self) -> History:
@@ -63,7 +63,7 @@ class Recorder:
         return Recorder([p for p in self._points if p["step"] < step])
 
 
-def _decimated(points: list[dict[str, float]]) -> list[dict[str, float]]:
+def _decimated(points: list[dict[str, float | int]]) -> list[dict[str, float | int]]:
     """Of every four neighbours keep the lowest and the highest total loss, in order."""
     kept = []
     for start in range(0, len(points), 4):
