@@ -3,6 +3,8 @@
 from copy import deepcopy
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from sdl_explorer.models.dictionary import SparseDictionary
 
@@ -24,6 +26,29 @@ def scaled(dictionary: SparseDictionary, s: float | int) -> SparseDictionary:
     copy.b_dec.div_(s)
     if copy.provenance:
         copy.provenance["assumptions"] = [*copy.provenance.get("assumptions", []), f"input scale {s:.6g} folded into the weights"]
+    return copy
+
+
+@torch.no_grad()
+def shifted(dictionary: SparseDictionary, inputs: Float[Tensor, " d_in"], targets: Float[Tensor, " d_out"]) -> SparseDictionary:
+    """A copy for raw rows of a dictionary that was made for centred ones: g(x) = f(x - mu_in) + mu_out.
+
+        b_enc <- b_enc - W_enc @ mu_in,  b_dec <- b_dec + mu_out
+
+    `inputs` and `targets` are the means mu_in and mu_out. Codes unchanged. A dictionary that subtracts b_dec from its
+    input centres by that alone; its two means must be one. After `scaled`: made for s * (x - mu).
+    """
+    for side, mean, width in (("inputs", inputs, dictionary.d_in), ("targets", targets, dictionary.d_out)):
+        if mean.shape != (width,) or not mean.isfinite().all():
+            raise ValueError(f"shifted: the mean of the {side} has shape {tuple(mean.shape)}; it is ({width},), of finite numbers.")
+    if dictionary.subtract_b_dec and not torch.equal(inputs, targets):
+        raise ValueError(
+            "shifted: this dictionary subtracts b_dec from its input and the means of inputs and targets differ; use uncentred first."
+        )
+    copy = deepcopy(dictionary)
+    if not copy.subtract_b_dec:
+        copy.b_enc.sub_(copy.W_enc @ inputs.to(copy.W_enc))
+    copy.b_dec.add_(targets.to(copy.b_dec))
     return copy
 
 
