@@ -28,6 +28,7 @@ from sdl_explorer.diagnosis.preflight import Preflight, preflight
 from sdl_explorer.models.atomic import write_file
 from sdl_explorer.models.dictionary import SparseDictionary
 from sdl_explorer.models.methods import Method, TopK
+from sdl_explorer.models.rewrites import shifted
 from sdl_explorer.training.commits import Commit, CommitStore
 from sdl_explorer.training.folder import RunLock, read_json, restore_source, settings_of, source_record, write_json
 from sdl_explorer.training.history import History
@@ -48,7 +49,8 @@ class Session(param.Parameterized):
     """A source, a method and a dictionary in training.
 
     Settings describe the next step: a change only marks the session stale, and the next command writes it as
-    a commit. `n_latents=None` means 4 * source.width_in. A given `dictionary` is trained on in place; without
+    a commit. `n_latents=None` means 4 * source.width_in. Where rows are stored, new weights start centred on their
+    mean, which is far from zero in most networks: the biases hold it. A given `dictionary` is trained on in place; without
     a `method` the session then holds its measured L0 (see `continued_method`) and fills the optimiser's
     moments at rate 0 for 100 steps.
     """
@@ -95,6 +97,9 @@ class Session(param.Parameterized):
         hold = 0 if dictionary is None else MOMENT_STEPS
         if dictionary is None:
             dictionary = method.build(source.width_in, source.width_out, n_latents, stream(self.seed, "weights"))
+            if source.n is not None:
+                rows = source.sample(CHOOSE_ROWS, stream(self.seed, "centre"), "train")
+                dictionary = shifted(dictionary, rows.inputs.mean(dim=0), rows.targets.mean(dim=0))
         weights = copy.deepcopy(dictionary).to(device=self.device, dtype=torch.float32).requires_grad_(True)
         method.retune(weights.nonlinearity)
         self._temporary = tempfile.TemporaryDirectory(prefix="sdl-explorer-", ignore_cleanup_errors=True)
