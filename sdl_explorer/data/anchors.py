@@ -32,8 +32,7 @@ class Anchors:
             if not torch.isfinite(norms).all() or (norms == 0).any():
                 bad = int((~(norms > 0)).nonzero()[0])
                 raise ValueError(
-                    f"Anchors: row {bad} ({self.names[bad]!r}) of the {side} is zero or not finite and has no "
-                    "direction; leave it out."
+                    f"Anchors: row {bad} ({self.names[bad]!r}) of the {side} is zero or not finite and has no direction; leave it out."
                 )
 
     def __len__(self) -> int:

@@ -16,7 +16,6 @@ from sdl_explorer.data.shards import (
     Contents,
     Removed,
     open_contents,
-    read_manifest,
     rows_per_shard,
     scan,
     shard_name,
@@ -49,14 +48,15 @@ class Stored(Source):
             if found.targets is not None:
                 raise ValueError(f"targets: {inputs} holds targets itself, and targets= gives others. Leave one out.")
             found = found._replace(targets=open_contents(targets, "targets").inputs)
-        self._origin = Path(inputs).absolute() if isinstance(inputs, (str, os.PathLike)) else None
+        alone = targets is labels is examples is keep is None and not (label_names or blocks or hooks)
+        self._origin = Path(inputs).absolute() if alone and isinstance(inputs, (str, os.PathLike)) else None
         self._inputs, self._targets, facts = found.inputs, found.targets, found.manifest
         visible = _mask_rows(found.rows.get("keep"))
         n = self._inputs.n if visible is None else len(visible)
         own_labels, own_examples = _own_rows(found, visible)
         self._labels, self._label_names = own_labels, tuple(facts.get("label_names", ()))
         if labels is not None:
-            self._labels, self._label_names = _as_labels(labels, label_names)
+            self._labels, self._label_names = as_labels(labels, label_names)
         self._examples = own_examples if examples is None else examples
         self._check_counts(n, keep)
         self._rows = visible
@@ -132,7 +132,7 @@ class Stored(Source):
 
     @property
     def origin(self) -> Path | None:
-        """The file or folder; None for rows in memory."""
+        """The file or folder that gives this source back, `Stored(origin)`; None where there is none: rows or facts from memory."""
         return self._origin
 
     @property
@@ -208,7 +208,7 @@ class Stored(Source):
         parts and batches. The manifest is written last; saving the same rows again does nothing."""
         folder = Path(folder)
         if (folder / MANIFEST).exists():
-            if read_manifest(folder).get("fingerprint") == self.fingerprint():
+            if Stored(folder).fingerprint() == self.fingerprint():
                 return folder
             raise ValueError(f"{folder} already holds other activations. Save into another folder.")
         folder.mkdir(parents=True, exist_ok=True)
@@ -229,9 +229,8 @@ class Stored(Source):
     def _manifest(self) -> dict:
         return {
             "sha256": self._digest,
-            "fingerprint": self.fingerprint(),
             "removed": asdict(self._removed),
-            "blocks": [[b.name, b.inputs.start, b.inputs.stop, b.targets.start, b.targets.stop] for b in self._blocks],
+            "blocks": block_records(self._blocks),
             "hooks": list(self._hooks),
             "label_names": list(self._label_names),
         }
@@ -297,7 +296,7 @@ def _own_rows(found: Contents, visible: np.ndarray | None) -> tuple[Tensor | Non
     return rows.get("labels"), Examples(found.documents, rows["document"].numpy(), rows["position"].numpy(), thumbnails)
 
 
-def _as_labels(labels, label_names) -> tuple[Tensor, tuple[str, ...]]:
+def as_labels(labels, label_names) -> tuple[Tensor, tuple[str, ...]]:
     """Integers as they are; strings as places in their sorted names."""
     array = np.asarray(labels)
     if array.ndim != 1:
@@ -310,6 +309,11 @@ def _as_labels(labels, label_names) -> tuple[Tensor, tuple[str, ...]]:
     if label_names and len(array) and not 0 <= array.min() <= array.max() < len(label_names):
         raise ValueError(f"labels: from {array.min()} to {array.max()}, and {len(label_names)} label_names; name each label from 0.")
     return torch.from_numpy(array.astype(np.int64)), tuple(label_names)
+
+
+def block_records(blocks) -> list[list]:
+    """What a manifest keeps of blocks."""
+    return [[b.name, b.inputs.start, b.inputs.stop, b.targets.start, b.targets.stop] for b in blocks]
 
 
 def _as_blocks(blocks, width_in: int, width_out: int) -> tuple[Block, ...]:
