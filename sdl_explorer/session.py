@@ -102,6 +102,7 @@ class Session(param.Parameterized):
                 dictionary = shifted(dictionary, rows.inputs.mean(dim=0), rows.targets.mean(dim=0))
         weights = copy.deepcopy(dictionary).to(device=self.device, dtype=torch.float32).requires_grad_(True)
         method.retune(weights.nonlinearity)
+        weights.provenance = weights.provenance | {"kind": source.sample(1, stream(self.seed, "kind"), "choose").kind}
         self._temporary = tempfile.TemporaryDirectory(prefix="sdl-explorer-", ignore_cleanup_errors=True)
         state = TrainState.start(weights, Schedule(self.lr, self.warmup_steps, self.decay_steps, hold), self.seed, self.dead_after)
         self._run = Run(source, state, self._settings(), CommitStore(Path(self._temporary.name) / "commits", self.budget))
