@@ -113,8 +113,19 @@ def some_plan(n=4, losses=True) -> Plan:
     )
     latents = torch.arange(n)
     return Plan(
-        "resample", latents, None, None, None, {}, None, latents, {"error before": 2.5, "error after": 2.25}, f"{n} latents restart.", rows, "session.resample()"
-    )  # fmt: skip
+        "resample",
+        latents,
+        None,
+        None,
+        None,
+        {},
+        None,
+        latents,
+        {"error before": 2.5, "error after": 2.25},
+        f"{n} latents restart.",
+        rows,
+        "session.resample()",
+    )
 
 
 def some_control(n=5) -> Control:
@@ -265,7 +276,7 @@ def test_the_glyph_carries_shape_size_and_filling_per_point(found):
     assert list(np.asarray(data["marker"])[[0, 1, 8, 10]]) == ["circle", "star", "cross", "x"]
     assert np.asarray(data["fill"])[9] == 0 < np.asarray(data["fill"])[0]
     rate, size = found[check_health].firing_rate, np.asarray(data["size"])
-    assert (size - 5) ** 2 / (size.max() - 5) ** 2 == pytest.approx(rate / rate.max(), abs=1e-6)
+    assert (size - 7) ** 2 / (size.max() - 7) ** 2 == pytest.approx(rate / rate.max(), abs=1e-6)
     assert base.glyph.marker.field == "marker"
     assert base.nonselection_glyph is None
     assert {type(tool).__name__ for tool in figure.toolbar.tools} >= {"TapTool", "BoxSelectTool", "LassoSelectTool", "HoverTool"}
@@ -483,7 +494,7 @@ def test_the_preview_lists_the_plan_worst_first():
     assert list(bars["x1"]) == table["loss of that row"].tolist()
     said = plan_preview.reading(plan, Look())
     assert "1 unit would be a duplicate" in said
-    assert "Estimate on choose rows" in said
+    assert "Estimated error" in said
     assert "2.5 → 2.25" in said
 
 

@@ -6,7 +6,7 @@ import pandas as pd
 
 from sdl_explorer.diagnosis.alignment import SIDES, Alignment, align
 from sdl_explorer.diagnosis.health import Health, check_health
-from sdl_explorer.views.frame import BRUSH, MAX_POINTS, empty_table, finite, frame, sample
+from sdl_explorer.views.frame import BRUSH, MAX_POINTS, colorbar_style, empty_table, finite, frame, sample
 from sdl_explorer.views.look import Look
 from sdl_explorer.views.theme import DASHES, EDGE, LINES, MUTED, SEQUENTIAL, STATUSES, TEXT, classify
 from sdl_explorer.views.view import Before, view
@@ -33,7 +33,7 @@ def best_match(alignment, health, look):
     low = max(xlim[0], ylim[0])
     layers = [_marks(drawn, look)]
     if len(drawn) < len(points):
-        layers.insert(0, _counts(points, xlim, ylim))
+        layers.insert(0, _counts(points, xlim, ylim, theme))
     layers += [
         hv.Curve([(low, low), (1, 1)], "x", "y").opts(color=EDGE[theme], line_width=1),
         hv.VLine(look.tau).opts(color=EDGE[theme], line_width=1, line_dash="dashed"),
@@ -136,7 +136,7 @@ def _marks(drawn: pd.DataFrame, look: Look) -> hv.Points:
     hollow = drawn["hollow"].to_numpy() | drawn["status"].map(lambda s: STATUSES[s].hollow).to_numpy(dtype=bool)
     style = {
         "marker": [STATUSES[s].marker for s in drawn["status"]],
-        "size": 5 + 11 * rate / max(rate.max(initial=0.0), 1e-9),
+        "size": 7 + 11 * rate / max(rate.max(initial=0.0), 1e-9),
         "fill": np.where(hollow, 0.0, 0.75),
         "word": [STATUSES[s].word for s in drawn["status"]],
     }
@@ -168,14 +168,16 @@ def _same_when_selected(plot, element) -> None:
     plot.handles["glyph_renderer"].update(selection_glyph=None, nonselection_glyph=None, muted_glyph=None)
 
 
-def _counts(points: pd.DataFrame, xlim, ylim) -> hv.Image:
+def _counts(points: pd.DataFrame, xlim, ylim, theme: str) -> hv.Image:
     """Latents per pixel; empty pixels stay clear."""
     known = points[np.isfinite(points["x"]) & np.isfinite(points["y"])]
     cells, _, _ = np.histogram2d(known["y"], known["x"], bins=BINS, range=(ylim, xlim))
     image = hv.Image(
         np.where(cells > 0, cells, np.nan)[::-1], bounds=(xlim[0], ylim[0], xlim[1], ylim[1]), kdims=["x", "y"], vdims="latents"
     )
-    return image.opts(cmap=SEQUENTIAL, logz=True, colorbar=True, clabel="latents", clim=(1, max(2.0, cells.max())))
+    return image.opts(
+        cmap=SEQUENTIAL, logz=True, colorbar=True, clabel="latents", clim=(1, max(2.0, cells.max())), colorbar_opts=colorbar_style(theme)
+    )
 
 
 def _highlights(points: pd.DataFrame, look: Look) -> list[hv.Points]:
@@ -217,11 +219,8 @@ def _axes(alignment: Alignment | None) -> tuple[str, str]:
 
 
 def _match_title(alignment: Alignment | None, points: pd.DataFrame, drawn: pd.DataFrame, look: Look) -> str:
-    if alignment is None:
-        title = "No truth: how well each row matches what fires its latent"
-    else:
-        found = f"{count(recovered(alignment, look).sum())} of {count(alignment.n_features)} {_noun(alignment)}"
-        title = f"{found} recovered at τ {look.tau:.2f} ({look.side})"
+    without = "No truth: how well each row matches what fires its latent"
+    title = without if alignment is None else recovered_words(alignment, look)
     if alignment is not None and alignment.block_names:
         title += f"; source: {look.block or 'the worst of ' + str(len(alignment.block_names))}"
     return title if len(drawn) == len(points) else f"{title}\n{PIXELS} On top: {count(len(drawn))} selected and flagged ones."
@@ -234,7 +233,7 @@ def _match_title(alignment: Alignment | None, points: pd.DataFrame, drawn: pd.Da
 def recovery_curve(alignment, before, look):
     """Share of the features whose best cosine exceeds tau, per side; dotted: random unit rows; faint: the commit before."""
     theme, layers = look.theme, []
-    for side in SIDES:
+    for side in ("minimum", "encoder", "decoder", "response"):  # the minimum often lies under the encoder
         curve = hv.Curve(alignment.curve(side), "tau", "share", label=side)
         layers.append(
             curve.opts(
@@ -294,15 +293,20 @@ def recovered(alignment: Alignment, look: Look) -> np.ndarray:
     return (alignment.best[look.side].cosine > look.tau) & ~alignment.anchored_features
 
 
+def recovered_words(alignment: Alignment, look: Look) -> str:
+    """How many of the features that are not anchored are recovered."""
+    free = int((~alignment.anchored_features).sum())
+    one = "anchor" if alignment.of == "anchors" else "feature"
+    return f"{count(recovered(alignment, look).sum())} of {plural(free, one)} recovered at τ {look.tau:.2f} ({look.side})"
+
+
 def recovery_words(alignment: Alignment, look: Look) -> str:
     """How many are recovered and which is the worst, in one sentence."""
-    best, free = alignment.best[look.side].cosine, ~alignment.anchored_features
-    one = "anchor" if alignment.of == "anchors" else "feature"
-    counted = f"{count(recovered(alignment, look).sum())} of {plural(int(free.sum()), one)} recovered at τ {look.tau:.2f} ({look.side})"
+    best, free, counted = alignment.best[look.side].cosine, ~alignment.anchored_features, recovered_words(alignment, look)
     if not free.any() or np.isnan(best[free]).all():
         return f"{counted}."
     worst = int(np.nanargmin(np.where(free, best, np.nan)))
-    return f"{counted}; worst: {alignment.names[worst]}, cosine {cosine(float(best[worst]))}."
+    return f"{counted}; worst: {alignment.names[worst]}, cosine {cosine(best[worst])}."
 
 
 def _noun(alignment: Alignment) -> str:

@@ -6,7 +6,7 @@ import pandas as pd
 
 from sdl_explorer.diagnosis.drift import Drift, measure_drift
 from sdl_explorer.diagnosis.health import Health, check_health
-from sdl_explorer.views.frame import empty_table, finite, frame, row_ticks
+from sdl_explorer.views.frame import TYPE, empty_table, finite, frame, row_ticks
 from sdl_explorer.views.theme import EDGE, LINES, WARNING
 from sdl_explorer.views.view import view
 from sdl_explorer.views.words import NO_ANCHORS, cosine, count, plural
@@ -37,11 +37,11 @@ def anchor_bench(drift, health, look):
         hv.Overlay(layers),
         look,
         xlim=(low - 0.04, 1.04),
-        ylim=(0.7 - len(shown), 0.7),
+        ylim=(0.5 - len(shown), 0.75),
         xlabel="cosine of the slot's rows to its anchor",
         ylabel="",
         title=f"{plural(len(rows), 'anchor')}{more}",
-        height=130 + 28 * max(len(shown), 2),
+        height=130 + 36 * max(len(shown), 2),
         yticks=row_ticks(f"{r.anchor} → latent {r.slot} ({r.mode})" for r in shown.itertuples()),
     )
 
@@ -98,7 +98,7 @@ def _warnings(shown: pd.DataFrame, low: float, theme: str) -> hv.Labels:
     warned = shown[shown["warning"] != ""]
     data = {
         "cosine": np.full(len(warned), low),
-        "row": -warned.index.to_numpy(dtype=float) + 0.32,
+        "row": -warned.index.to_numpy(dtype=float) + 0.36,
         "text": [f"▲ {w}" for w in warned["warning"]],
     }
-    return hv.Labels(data, ["cosine", "row"], "text").opts(text_color=WARNING[theme], text_font_size="12px", text_align="left")
+    return hv.Labels(data, ["cosine", "row"], "text").opts(text_color=WARNING[theme], text_align="left", **TYPE)

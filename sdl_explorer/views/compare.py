@@ -8,7 +8,7 @@ import pandas as pd
 
 from sdl_explorer.diagnosis.alignment import Alignment, align
 from sdl_explorer.diagnosis.compare import ENOUGH, Change, Control, change_per_feature
-from sdl_explorer.views.frame import drawable, empty_table, finite, frame, limits, row_ticks, sample
+from sdl_explorer.views.frame import TYPE, drawable, empty_table, finite, frame, limits, row_ticks, sample
 from sdl_explorer.views.look import Look
 from sdl_explorer.views.theme import EDGE, LINES, MUTED, TEXT
 from sdl_explorer.views.view import Before, view
@@ -17,8 +17,8 @@ from sdl_explorer.views.words import NO_COMMITS, NO_TRUTH, count, plural, too_fe
 MOST_ROWS = 60  # features drawn one by one; more become a histogram and the 20 best and worst
 ENDS = 20
 ARMS = (  # arm, words, colour, marker, shift within the row
-    ("untreated", "against training on alone", "decoder", "circle", 0.16),
-    ("sham", "against resetting at random (sham)", "encoder", "diamond", -0.16),
+    ("untreated", "against training on alone", "decoder", "circle", 0.12),
+    ("sham", "against resetting at random (sham)", "encoder", "diamond", -0.12),
 )
 LOST = {"light": "#B85C00", "dark": "#E69F00"}
 CHANGES = ("feature", "name", "before", "after", "change")
@@ -38,7 +38,7 @@ def dumbbells(before, after, look):
     rows = _dumbbells(change, shown, look)
     if len(shown) == len(change.change):
         return rows
-    return hv.Layout([_histogram(change, look), rows]).cols(1).opts(shared_axes=False, merge_tools=False)
+    return hv.Layout([_histogram(change, look), rows]).cols(1).opts(shared_axes=False, toolbar=None)
 
 
 @dumbbells.reading
@@ -109,7 +109,7 @@ def _dumbbells(change: Change, shown: np.ndarray, look: Look) -> hv.Overlay:
     filled = hv.Points(data, ["cosine", "row"], ["feature", "name", "change", "marker"])
     entries = [sample(f"after: {g}", markers[g], colours[g]) for g in markers if (gained == g).any()]
     layers = [
-        bars.opts(color="change", cmap=colours, line_width=3),
+        bars.opts(color="change", cmap=colours, line_width=3, show_legend=False),
         hollow,
         filled.opts(color="change", cmap=colours, marker="marker", size=10, tools=["hover", "tap", "box_select"], show_legend=False),
         hv.VLine(look.tau).opts(color=EDGE[theme], line_dash="dashed", line_width=1),
@@ -164,7 +164,7 @@ def scoreboard(control, look):
     scale = _scale(rows)
     band = (rows["noise"] / scale).fillna(0.0)
     layers = [
-        hv.Rectangles((-band, place - 0.38, band, place + 0.38), ["x0", "y0", "x1", "y1"]).opts(
+        hv.Rectangles((-band, place - 0.27, band, place + 0.27), ["x0", "y0", "x1", "y1"]).opts(
             color=MUTED[theme], alpha=0.25, line_width=0
         ),
         sample("noise band of the controls", "square", MUTED[theme], 0.3),
@@ -184,11 +184,12 @@ def scoreboard(control, look):
         hv.Overlay(layers),
         look,
         xlim=(-1.15, 1.15),
-        ylim=(0.4 - len(rows), 0.8),
+        ylim=(0.3 - len(rows), 0.6),
         xlabel="← lower   difference, each row on its own scale   higher →",
         ylabel="",
         title=f"{few}{control.intervention}: {control.verdict()} ({plural(control.n, 'pair')}, {count(control.n_steps)} steps each)",
-        height=150 + 46 * len(rows),
+        height=170 + 54 * len(rows),
+        columns=1,
         yticks=row_ticks(f"{'▸ ' if r.primary else ''}{r.label}" for r in rows.itertuples()),
         xticks=[(0, "0")],
     )
@@ -238,10 +239,8 @@ def _verdicts(rows: pd.DataFrame, theme: str) -> hv.Labels:
     text = [f"{r['vs untreated']:+.3g}: {r.verdict}" for _, r in rows.iterrows()]
     data = {
         "x": np.full(len(rows), -1.12),
-        "y": -np.arange(len(rows), dtype=float) - 0.46,
+        "y": -np.arange(len(rows), dtype=float) - 0.47,
         "text": text,
         "colour": np.where(told, TEXT[theme], MUTED[theme]),
     }
-    return hv.Labels(data, ["x", "y"], ["text", "colour"]).opts(
-        text_color="colour", text_font_size="12px", text_align="left"
-    )
+    return hv.Labels(data, ["x", "y"], ["text", "colour"]).opts(text_color="colour", text_align="left", **TYPE)

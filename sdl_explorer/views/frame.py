@@ -16,6 +16,7 @@ from sdl_explorer.views.theme import BACKGROUND, EDGE, FONT, FONT_SIZE, GRID, MU
 Range = tuple[SupportsFloat, SupportsFloat]
 HEIGHT = 400
 MAX_POINTS = 16_384  # drawn one by one; more become a count image
+TYPE = {"text_font": {"value": FONT}, "text_font_size": "12px"}  # of text inside a plot
 BRUSH = ("tap", "box_select", "lasso_select")
 TOOL_WORDS = {
     "PanTool": "Move the plot (drag)",
@@ -46,12 +47,14 @@ def frame(
     title: str = "",
     height: int = HEIGHT,
     legend: str | None = "bottom",
+    columns: int = 3,
     brush: bool = False,
     **extra,
 ) -> Dimensioned:
     """The element with explicit ranges and everything that the plots share.
 
-    `legend` is the side where it stands ("bottom", "right", ...) or None. `brush` makes dragging a box the first gesture.
+    `legend` is the side where it stands ("bottom", "right", ...) or None, `columns` its width in entries.
+    `brush` makes dragging a box the first gesture.
     A `DynamicMap` of such elements follows their ranges, and keeps a zoom as long as they stay the same.
     """
     options = {
@@ -62,7 +65,7 @@ def frame(
         "ylabel": ylabel,
         "title": title,
         "framewise": True,
-        "toolbar": "above",
+        "toolbar": "right",
         "default_tools": ["pan", "box_zoom", "reset", "save"],
         "active_tools": ["box_select", "tap"] if brush else [],
         "show_legend": legend is not None,
@@ -70,15 +73,26 @@ def frame(
         **extra,
     }
     if isinstance(element, hv.Overlay) and legend is not None:
-        options |= {"legend_position": legend, "legend_cols": 3 if legend == "bottom" else 1}
+        options |= {"legend_position": legend, "legend_cols": columns}
     return element.opts(**options)
 
 
 def blank(words: str, look: Look, height: int = HEIGHT) -> hv.Text:
     """Words in the middle instead of an empty canvas."""
-    text = hv.Text(0.5, 0.5, textwrap.fill(words, 60)).opts(color=TEXT[look.theme], text_font_size="14px")
+    text = hv.Text(0.5, 0.5, textwrap.fill(words, 60)).opts(color=TEXT[look.theme], **TYPE | {"text_font_size": "14px"})
     return frame(
-        text, look, xlim=(0, 1), ylim=(0, 1), xlabel="", ylabel="", height=height, legend=None, xaxis=None, yaxis=None, toolbar=None
+        text,
+        look,
+        xlim=(0, 1),
+        ylim=(0, 1),
+        xlabel="",
+        ylabel="",
+        height=height,
+        legend=None,
+        xaxis=None,
+        yaxis=None,
+        toolbar=None,
+        show_grid=False,
     )
 
 
@@ -165,7 +179,7 @@ def _dress(theme: str, xlim, ylim) -> Callable:
         for axis in figure.axis:
             axis.update(**_axis_style(theme))
         for grid in figure.grid:
-            grid.grid_line_color = GRID[theme]
+            grid.grid_line_color = None if plot.show_grid is False else GRID[theme]
         for legend in figure.legend:
             legend.update(**_legend_style(theme))
         figure.toolbar.logo = None
@@ -190,6 +204,18 @@ def _axis_style(theme: str) -> dict:
     }
 
 
+def colorbar_style(theme: str) -> dict:
+    """`colorbar_opts` of an image: Bokeh's own are black on white."""
+    return {
+        "background_fill_color": BACKGROUND[theme],
+        "title_text_color": TEXT[theme],
+        "title_text_font_size": FONT_SIZE["label"],
+        "title_text_font_style": "normal",
+        "major_label_text_color": MUTED[theme],
+        "major_label_text_font_size": FONT_SIZE["tick"],
+    }
+
+
 def _legend_style(theme: str) -> dict:
     return {
         "background_fill_color": BACKGROUND[theme],
@@ -201,6 +227,7 @@ def _legend_style(theme: str) -> dict:
         "click_policy": "none",
         "glyph_height": 18,
         "glyph_width": 22,
-        "padding": 4,
-        "spacing": 2,
+        "padding": 2,
+        "margin": 0,
+        "spacing": 6,
     }

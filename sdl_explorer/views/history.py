@@ -69,7 +69,7 @@ def health_over_time(history, ghosts, commits, look):
     top = max([1, *(int(h.steps[-1]) for h in runs if len(h.steps)), *(c.step for c in commits)], default=1)
     xlim = (0.0, 1.02 * (top if top > 1 else PLANNED))
     curves = {name: [_curve(h, name, look) for h in runs] for name in PANELS}
-    return hv.Layout([_panel(name, curves[name], xlim, commits, look) for name in PANELS]).cols(1).opts(shared_axes=True, merge_tools=True)
+    return hv.Layout([_panel(name, curves[name], xlim, commits, look) for name in PANELS]).cols(1).opts(shared_axes=True, toolbar=None)
 
 
 @health_over_time.reading
@@ -142,7 +142,7 @@ def _panel(name: str, curves: list, xlim, commits: Commits, look: Look) -> Dimen
         height=175 if last else 160 if first else 135,
         legend=None,
         logy=name == "loss",
-        **({} if last else {"xaxis": "bare"}),
+        **({} if last else {"xaxis": None}),
     )
 
 
@@ -174,14 +174,11 @@ def timeline(commits, look):
     for own, colour, width in ((False, MUTED[theme], 1), (True, TEXT[theme], 2)):
         ways = _ways(rows[rows["on_branch"] == own], rows)
         layers.append(hv.Path(ways, ["step", "lane"]).opts(color=colour, line_width=width, alpha=1.0 if own else 0.5))
-    markers = [commit_mark(kind).marker for kind in rows["kind"]]
-    marks = hv.Points(
-        rows.assign(marker=markers, alpha=np.where(rows["on_branch"], 1.0, 0.5)),
-        ["step", "lane"],
-        [*rows.columns[2:], "marker", "alpha"],
-    )
+    marks = [commit_mark(kind) for kind in rows["kind"]]
+    style = {"marker": [m.marker for m in marks], "size": [m.size for m in marks], "alpha": np.where(rows["on_branch"], 1.0, 0.5)}
+    points = hv.Points(rows.assign(**style), ["step", "lane"], [*rows.columns[2:], *style])
     tips = [("step", "@step"), ("commit", "@commit"), ("what", "@message")]
-    layers.append(marks.opts(marker="marker", alpha="alpha", color=TEXT[theme], size=10, tools=["hover", "tap"], hover_tooltips=tips))
+    layers.append(points.opts(marker="marker", alpha="alpha", size="size", color=TEXT[theme], tools=["hover", "tap"], hover_tooltips=tips))
     head = rows[rows["head"]]
     ring = hv.Points(head, ["step", "lane"], label="here").opts(color=TEXT[theme], fill_alpha=0, line_width=2, size=20)
     layers.append(ring)

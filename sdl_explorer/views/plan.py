@@ -5,7 +5,7 @@ import numpy as np
 import pandas as pd
 
 from sdl_explorer.training.plan import Plan
-from sdl_explorer.views.frame import bars, empty_table, frame, limits, row_ticks
+from sdl_explorer.views.frame import TYPE, bars, empty_table, frame, limits, row_ticks
 from sdl_explorer.views.look import Look
 from sdl_explorer.views.theme import LINES, TEXT, WARNING
 from sdl_explorer.views.view import view
@@ -93,7 +93,7 @@ def prediction(plan: Plan) -> str:
     before, after = plan.expected.get("error before"), plan.expected.get("error after")
     if before is None or after is None:
         return "No prediction for this selection of rows."
-    return f"Estimate on choose rows, before any training: error {before:.4g} → {after:.4g} ({after - before:+.2g})."
+    return f"Estimated error {before:.4g} → {after:.4g} ({after - before:+.2g}; on choose rows, before training)."
 
 
 def _title(plan: Plan, rows: pd.DataFrame) -> str:
@@ -106,5 +106,5 @@ def _labels(shown: pd.DataFrame, value: str, top: float, look: Look) -> hv.Label
     warned = shown[shown["warning"] != ""]
     text = [f"▲ {r.warning}: {r.cosine:.2f} to latent {r._4}" for r in warned.itertuples()]
     data = {"x": np.full(len(warned), 0.01 * top), "y": -warned.index.to_numpy(dtype=float), "text": text}
-    style = {"text_color": "#FFFFFF" if look.theme == "light" else "#121212", "text_font_size": "12px", "text_align": "left"}
+    style = {"text_color": "#FFFFFF" if look.theme == "light" else "#121212", "text_align": "left", **TYPE}
     return hv.Labels(data, ["x", "y"], "text").opts(**style)

@@ -22,7 +22,7 @@ LINES = {  # the three directions of a latent, and what is computed from them
     "response": {"light": "#007A5A", "dark": "#2FBF94"},
     "minimum": {"light": "#333333", "dark": "#E6E6E6"},
 }
-DASHES = {"encoder": "dashed", "decoder": "solid", "response": "dotdash", "minimum": "dotted"}
+DASHES = {"encoder": "dashed", "decoder": "solid", "response": "dotdash", "minimum": "solid"}
 SEQUENTIAL = "cividis"
 DIVERGING = "PuOr"
 FONT = "Inter, Roboto, 'Segoe UI', 'Helvetica Neue', 'Noto Sans', sans-serif"
@@ -67,6 +67,7 @@ class Mark:
     word: str
     shape: str
     marker: str
+    size: int = 11
 
 
 COMMIT_MARKS = {
@@ -76,7 +77,7 @@ COMMIT_MARKS = {
     "release": Mark("release", "☆", "star_dot"),
     "settings": Mark("settings", "⚙", "hex"),
     "run": Mark("end of a run", "■", "square"),
-    "auto": Mark("automatic", "·", "dot"),
+    "auto": Mark("automatic", "·", "circle", 6),
     "manual": Mark("manual", "●", "circle"),
 }
 

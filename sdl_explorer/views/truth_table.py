@@ -6,7 +6,7 @@ import pandas as pd
 
 from sdl_explorer.diagnosis.alignment import Alignment, align
 from sdl_explorer.diagnosis.health import Health, check_health
-from sdl_explorer.views.alignment import recovery_words
+from sdl_explorer.views.alignment import recovered_words, recovery_words
 from sdl_explorer.views.frame import BRUSH, MAX_POINTS, drawable, empty_table, frame, limits
 from sdl_explorer.views.look import Look
 from sdl_explorer.views.theme import EDGE, LINES, TEXT
@@ -38,7 +38,7 @@ def feature_table(alignment, health, look):
     if chosen.any():
         ring = hv.Points((order[chosen], drawable(rows[f"cos {look.side}"])[chosen]), ["rank", "cosine"], label="Selected")
         layers.append(ring.opts(color=TEXT[theme], fill_alpha=0, line_width=2, size=17))
-    title = recovery_words(alignment, look).split(";")[0]
+    title = recovered_words(alignment, look)
     if len(shown) < len(rows):
         title += f"\n{count(len(shown))} of {count(len(rows))} drawn, evenly spaced; the table has all."
     return frame(
