@@ -169,7 +169,9 @@ def _source(name: str | None, pairs: list[str] | None):
             raise ValueError(f"--set {pairs[0]}: rows from a file have no settings. Leave --set out.")
         return Stored(Path(name).expanduser())
     if name is not None and not name.isidentifier():
-        raise FileNotFoundError(f"--source {name}: there is no such file. Give a file of activations, or a kind of data such as LinearBench.")
+        raise FileNotFoundError(
+            f"--source {name}: there is no such file. Give a file of activations, or a kind of data such as LinearBench."
+        )
     cls = member(Source, name or "LinearBench")
     return cls(**parse_settings(cls, pairs, "--set"))
 
@@ -248,9 +250,13 @@ def _train(session: "Session", steps: int) -> None:
 
 
 def _scoreboard(session: "Session") -> str:
-    from sdl_explorer.diagnosis.compare import MEASURES, score
+    from sdl_explorer.data.sources import stream
+    from sdl_explorer.diagnosis.alignment import align
+    from sdl_explorer.diagnosis.compare import MEASURES, scoreboard
+    from sdl_explorer.diagnosis.health import check_health
 
-    numbers = session.find(score)
+    compared = session.anchors is not None or session.source.sample(1, stream("scoreboard")).truth is not None
+    numbers = scoreboard(*session.find([check_health, align] if compared else [check_health]))
     width = max(len(MEASURES[name].label) for name in numbers)
     lines = [f"{session!r} in {session.folder}"]
     lines += [f"  {MEASURES[name].label:<{width}}  {MEASURES[name].show(value)}" for name, value in numbers.items()]

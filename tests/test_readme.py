@@ -16,8 +16,8 @@ def test_the_main_example_runs(capsys):
     """At a smaller size: the numbers of steps are cut, nothing else."""
     [example] = [code for code in EXAMPLES if "Session(" in code]
     assert "train(" in example
-    small = re.sub(r"train\([\d_]+\)", "train(8)", example).replace("n_steps=500", "n_steps=2")
-    small = small.replace("n_features=200, d_in=64", "n_features=40, d_in=32").replace("n_latents=400", "n_latents=48")
+    small = re.sub(r"train\([\d_]+\)", "train(8)", example).replace("n_steps=200", "n_steps=2")
+    small = small.replace("n_features=200, d_in=64", "n_features=40, d_in=32").replace("n_latents=800", "n_latents=48")
     scope: dict = {}
     try:
         # no latent is dead after eight steps, so the first one stands in for it
