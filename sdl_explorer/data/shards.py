@@ -103,7 +103,10 @@ class Contents(NamedTuple):
 
 @dataclass(frozen=True)
 class Removed:
-    """What `keep` left out: rows, their share of the variance of the inputs, and how many for which reason."""
+    """What was left out: rows, the share of the variance of the inputs that went with them, and how many for which reason.
+
+    variance = 1 - sum |x - mean|^2 over the kept rows / the same over all rows, each about its own mean.
+    """
 
     rows: int = 0
     variance: float = 0.0
@@ -127,7 +130,7 @@ def scan(inputs: Table, targets: Table | None, kept: np.ndarray | None) -> tuple
     hashes = {side: hashlib.sha256(f"{table.dtype} {table.d}".encode()) for side, table in sides.items()}
     keep = np.ones(inputs.n, dtype=bool) if kept is None else np.zeros(inputs.n, dtype=bool)
     keep[kept if kept is not None else slice(0)] = True
-    everything, left_out = _Scatter(inputs), _Scatter(inputs)
+    everything, stays = _Scatter(inputs), _Scatter(inputs)
     nbytes = inputs.n * sum(t.row_bytes for t in sides.values())
     for start, stop in tqdm(list(inputs.spans()), "reading activations", disable=nbytes < SHOW_PROGRESS_FROM, leave=False):
         here = torch.from_numpy(keep[start:stop])
@@ -144,13 +147,14 @@ def scan(inputs: Table, targets: Table | None, kept: np.ndarray | None) -> tuple
         if kept is not None:
             block = inputs.slice(start, stop)
             everything.add(block)
-            left_out.add(block[~here])
+            stays.add(block[here])
     digest = hashlib.sha256(repr([(side, h.hexdigest()) for side, h in hashes.items()]).encode()).hexdigest()
-    return digest, Removed(int((~keep).sum()), left_out.about(everything.mean) / max(everything.about(everything.mean), 1e-300))
+    total = everything.scatter
+    return digest, Removed(int((~keep).sum()), 1 - stays.scatter / total if total > 0 else 0.0)
 
 
 class _Scatter:
-    """Sum of squared distances from any point, streamed: squares are taken about the first row, so that they do not cancel."""
+    """Sum of squared distances from the mean, streamed: squares are taken about the first row, so that they do not cancel."""
 
     def __init__(self, table: Table):
         self.origin = table.slice(0, 1).double().nan_to_num()
@@ -161,11 +165,8 @@ class _Scatter:
         self.n, self.sum, self.squares = self.n + len(shifted), self.sum + shifted.sum(dim=0), self.squares + float(shifted.square().sum())
 
     @property
-    def mean(self) -> Tensor:
-        return self.sum / max(self.n, 1)
-
-    def about(self, point: Tensor) -> float:
-        return self.squares - 2 * float(point @ self.sum) + self.n * float(point @ point)
+    def scatter(self) -> float:
+        return self.squares - float(self.sum @ self.sum) / max(self.n, 1)
 
 
 def open_tables(what, role: str) -> dict[str, Table]:

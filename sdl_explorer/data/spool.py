@@ -142,12 +142,15 @@ class Spool:
 
 
 def choose_rows(special: Tensor, norms: Tensor, keep: str) -> tuple[Tensor, dict[str, int]]:
-    """Which rows stay, and how many do not for which reason. `norms` (n, blocks); the median is that of rows that are not special."""
+    """Which rows stay, and how many do not for which reason. `norms` (n, blocks); the median is that of rows that are not special, and
+    sets no limit where it is zero."""
     if keep == "all":
         return torch.ones_like(special), {}
     ordinary = norms[~special]
-    limit = OUTLIER * ordinary.median(dim=0).values if len(ordinary) else torch.zeros(norms.shape[1])
-    large = (norms > limit).any(dim=1) & ~special
+    if len(ordinary) == 0:
+        raise ValueError(f"capture: all {len(special)} rows are special tokens. Use keep='all', or give texts with words.")
+    median = ordinary.median(dim=0).values
+    large = ((norms > OUTLIER * median) & (median > 0)).any(dim=1) & ~special
     counts = {"special tokens": int(special.sum()), f"norm above {OUTLIER} x the median": int(large.sum())}
     return ~special & ~large, {reason: count for reason, count in counts.items() if count}
 
