@@ -5,9 +5,8 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import torch
 
-from sdl_explorer.data.activations import Activations
 from sdl_explorer.data.sources import stream
-from sdl_explorer.diagnosis.compare import Control, score
+from sdl_explorer.diagnosis.compare import Control
 from sdl_explorer.training.commits import Commit
 from sdl_explorer.training.plan import Plan
 from sdl_explorer.training.run import Run
@@ -23,35 +22,34 @@ def last_intervention(run: Run) -> Commit | None:
     return next((c for c in line if c.kind in INTERVENTIONS and c.parent), None)
 
 
-def controlled(run: Run, rows: Activations, n_steps: int, runs: int, progress: Callable[[float], None]) -> Iterator[None]:
-    """One step for each `next()`; returns the `Control`.
+class Stopped(RuntimeError):
+    """Somebody asked for the end before the result."""
 
-    The arms start from the commits before and after the intervention; pair r trains `n_steps` on data order
-    r + 1 and is scored on `rows`. The sham resets the same latents in random directions.
+
+def trained_arm(run: Run, after: Commit, arm: str, n_steps: int, pair: int, stopped: Callable[[], bool]) -> Iterator[None]:
+    """One arm of one pair, a step for each `next()`; returns its `TrainState`.
+
+    Arms start from the commits before and after the intervention and train on data order `pair` + 1. The sham
+    resets the same latents in random directions.
     """
-    after = last_intervention(run)
-    if after is None:
-        raise ValueError("control: no intervention on this branch yet; resample or anchor first.")
     before = run.store[after.parent]
-    pins = run.state_of(after)[0].pins
+    state, _ = run.state_of(after if arm == "treated" else before)
+    if arm == "sham":
+        sham_plan(run.state_of(after)[0], after).sham(stream(state.seed, "sham", after.id, pair)).apply(state)
+    for _ in range(n_steps):
+        if stopped():
+            raise Stopped(f"control: stopped in pair {pair + 1}; what was finished is in session.last_control.")
+        run.one_step(state, order=run.settings["order"] + pair + 1)
+        yield
+    return state
 
-    def measure(state: TrainState) -> dict[str, float]:
-        return score(state.dictionary.eval(), rows, state.samples_since_fired.cpu(), state.dead_after, pins)
 
-    start = measure(run.state_of(before)[0])
-    scores: dict[str, list[dict[str, float]]] = {arm: [] for arm in ARMS}
-    for pair in range(runs):
-        for number, arm in enumerate(ARMS):
-            state, _ = run.state_of(after if arm == "treated" else before)
-            if arm == "sham":
-                sham_plan(run.state_of(after)[0], after).sham(stream(state.seed, "sham", after.id, pair)).apply(state)
-            for _ in range(n_steps):
-                run.one_step(state, order=run.settings["order"] + pair + 1)
-                yield
-            scores[arm].append(measure(state))
-            progress((pair * len(ARMS) + number + 1) / (runs * len(ARMS)))
-    arms = {arm: {k: np.array([s[k] for s in done]) for k in start} for arm, done in scores.items()}
-    return Control(intervention=after.kind, n_steps=n_steps, before=start, primary=_primary(start), **arms)
+def compared(after: Commit, n_steps: int, start: dict[str, float], scores: dict[str, list[dict[str, float]]]) -> Control:
+    """The finished pairs as a `Control`."""
+    n_pairs = min(map(len, scores.values()))
+    arms = {arm: {k: np.array([s[k] for s in done[:n_pairs]]) for k in start} for arm, done in scores.items()}
+    primary = "recovery_decoder" if "recovery_decoder" in start else "unexplained_variance"
+    return Control(intervention=after.kind, n_steps=n_steps, before=start, primary=primary, **arms)
 
 
 def sham_plan(treated: TrainState, commit: Commit) -> Plan:
@@ -75,7 +73,3 @@ def sham_plan(treated: TrainState, commit: Commit) -> Plan:
         "",
         changed_pins=own,
     )
-
-
-def _primary(scores: dict[str, float]) -> str:
-    return "recovery_decoder" if "recovery_decoder" in scores else "unexplained_variance"

@@ -18,10 +18,10 @@ from typing import Any
 import param
 import torch
 
-from sdl_explorer.control import controlled
+from sdl_explorer.control import ARMS, compared, last_intervention, trained_arm
 from sdl_explorer.data.anchors import Anchors, Pins
 from sdl_explorer.data.sources import Source, stream
-from sdl_explorer.diagnosis.compare import Control
+from sdl_explorer.diagnosis.compare import Control, score
 from sdl_explorer.diagnosis.continuation import continued_method
 from sdl_explorer.diagnosis.observe import declared_settings, observe
 from sdl_explorer.diagnosis.preflight import Preflight, preflight
@@ -294,42 +294,62 @@ class Session(param.Parameterized):
         """Pairs with and without the last intervention, same seed and data order, beside a sham arm.
 
         Arms start from the commits before and after the intervention; pair r trains `n_steps` on data order
-        r + 1 and is scored on judge rows. The sham resets the same latents in random directions.
+        r + 1 and is scored on judge rows. The sham resets the same latents in random directions. stop() ends it
+        early (raises `Stopped`); the pairs that were finished stay in `last_control`.
         """
         self._require_writer("control")
-        rows = self._judge_rows(JUDGE_ROWS).to(self.device)
-        progress = lambda done: self._publish(job=Job("control", done))
         self._call(self._take_settings)
+        after = last_intervention(self._run)
+        if after is None:
+            raise ValueError("control: no intervention on this branch yet; resample or anchor first.")
+        rows = self._judge_rows(JUDGE_ROWS).to(self.device)
+        before, _ = self._call(lambda: self._run.state_of(self._run.store[after.parent]))
+        treated, _ = self._call(lambda: self._run.state_of(after))
+
+        def measure(state: TrainState) -> dict[str, float]:
+            anchors = self.anchors if rows.truth is None else None
+            return score(state.dictionary, rows, state.samples_since_fired.cpu(), state.dead_after, pins=treated.pins, anchors=anchors)
+
+        start, scores = measure(before), {arm: [] for arm in ARMS}
+        if not self.running:
+            self._stop.clear()
         try:
-            self.last_control = self._wait(self._lane.start(self, controlled(self._run, rows, int(n_steps), int(runs), progress)))
+            for done in range(runs * len(ARMS)):
+                pair, arm = done // len(ARMS), ARMS[done % len(ARMS)]
+                self._publish(job=Job("control", done / (runs * len(ARMS))))
+                steps = trained_arm(self._run, after, arm, int(n_steps), pair, self._stop.is_set)
+                scores[arm].append(measure(self._wait(self._lane.start(self, steps))))
+                if arm == ARMS[-1]:
+                    self.last_control = compared(after, int(n_steps), start, scores)
         finally:
             self._publish(job=None)
         return self.last_control
 
-    def find(self, finding, *, n: int = JUDGE_ROWS, **settings):
-        """One finding's result, or a list of results from one pass over `n` judge rows; cached by state and settings."""
+    def find(self, finding, *, n: int = JUDGE_ROWS, progress: Callable[[float], None] | None = None, **settings):
+        """One finding's result, or a list of results from one pass over `n` judge rows; cached by state and settings.
+
+        Runs in the caller's thread. `progress(done)` is called between blocks; an exception in it cancels.
+        """
         findings = finding if isinstance(finding, list) else [finding]
-        view, rows = self._view(), self._judge_rows(n)
-        known = {
-            "samples_since_fired": view["samples_since_fired"],
-            "dead_after": view["dead_after"],
-            "pins": view["pins"],
-            "anchors": self.anchors if rows.truth is None else None,
-        }
-        offered = {k: v for k, v in known.items() if v is not None} | settings
         unknown = set(settings) - set().union(*(declared_settings(f) for f in findings))
         if unknown:
             raise TypeError(f"find: no finding in {[f.__name__ for f in findings]} takes {sorted(unknown)}.")
-        keys = [(view["key"], f.__module__, f.__qualname__, n, repr(sorted(settings.items())), id(self.anchors)) for f in findings]
-        missing = [(f, key) for f, key in zip(findings, keys, strict=True) if key not in self._found]
+        view, rows = self._view(), self._judge_rows(n)
+        known = {name: view[name] for name in ("samples_since_fired", "dead_after", "pins")}
+        known["anchors"] = self.anchors if rows.truth is None else None
+        offered = {name: value for name, value in known.items() if value is not None} | settings
+        requests = {f: {k: v for k, v in offered.items() if k in declared_settings(f)} for f in findings}
+        # the cache holds what its keys name by identity, so that an id is not used again meanwhile
+        keys = {f: (view["key"], f, n, *((k, _token(v)) for k, v in sorted(requests[f].items()))) for f in findings}
+        missing = [f for f in findings if keys[f] not in self._found]
         if missing:
-            requests = [(f, {k: v for k, v in offered.items() if k in declared_settings(f)}) for f, _ in missing]
-            results = observe(view["dictionary"], rows.to(self.device), requests)
+            results = observe(view["dictionary"], rows.to(self.device), [(f, requests[f]) for f in missing], progress=progress)
             with self._guard:
-                self._found |= {key: result for (_, key), result in zip(missing, results, strict=True)}
-                for old in list(self._found)[:-KEPT_FINDINGS]:
-                    del self._found[old]
-        results = [self._found[key] for key in keys]
+                self._found |= {keys[f]: (result, requests[f]) for f, result in zip(missing, results, strict=True)}
+        with self._guard:
+            results = [self._found[keys[f]][0] for f in findings]
+            for old in list(self._found)[:-KEPT_FINDINGS]:
+                del self._found[old]
         return results if isinstance(finding, list) else results[0]
 
     def save(self, folder) -> Path:
@@ -575,3 +595,8 @@ def _check_widths(dictionary: SparseDictionary, source: Source) -> None:
             f"Session: the dictionary has widths ({dictionary.d_in}, {dictionary.d_out}) and the data ({source.width_in}, "
             f"{source.width_out}); open it on activations of the place it was trained on."
         )
+
+
+def _token(value: Any) -> Any:
+    """A setting as part of a cache key: plain values by value, everything else by identity."""
+    return value if isinstance(value, (int, float, str, bool, tuple, type(None))) else id(value)
