@@ -159,7 +159,8 @@ class ExplorerState(param.Parameterized):
         return {name: getattr(self, name) for name in self.VIEW}
 
     @contextmanager
-    def _unrecorded(self):
+    def unrecorded(self):
+        """Changes inside are nobody's action and cannot be undone."""
         self._recording, before = False, self._recording
         try:
             yield
@@ -187,7 +188,7 @@ class ExplorerState(param.Parameterized):
     def _step(self, source: deque, target: deque) -> None:
         if source:
             target.append(self._view())
-            with self._unrecorded():
+            with self.unrecorded():
                 self.param.update(**source.pop())
 
     # sharing -------------------------------------------------------------------------------------------------------

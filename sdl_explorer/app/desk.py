@@ -34,6 +34,7 @@ class Desk(Reader):
         self._lock = threading.RLock()
         self._displays: list = []
         self._timer = self._seen = None
+        self._pointed = self.state.primary_latent is not None
         self._ticks = 0
         self.message, self.tone = "", "normal"
         self.most_steps: int | None = None  # a press of Play or Train; None: no limit
@@ -46,6 +47,7 @@ class Desk(Reader):
         nothing = {"selected_latents": (), "primary_latent": None, "selected_features": (), "primary_feature": None, "compare": None}
         self.state.param.update(**nothing)
         self._take(session)
+        self._pointed = False
         session.pulses.append(self._pulse)
         self.poll()
 
@@ -70,7 +72,8 @@ class Desk(Reader):
             if self._ticks % IDLE == 0 and not self.session.writable:
                 self.session.version  # noqa: B018 - a follower looks whether the writer has committed
             self.snapshot = self.session.snapshot
-            self.findings.collect()
+            if self.findings.collect() and not self._pointed:
+                self._point_at_worst()
             for display in self._displays:
                 self.findings.want(*display.needs(), self.snapshot)
             seen = (self.snapshot.version, self.findings.serial, tuple(self.state.param.values().items()), id(self.plan), self.message)
@@ -164,7 +167,20 @@ class Desk(Reader):
         self.state.param.update(**changes)
         self.poll()
 
+    def _point_at_worst(self) -> None:
+        """The first primary is the worst thing, never latent 0; it is nobody's action, so there is nothing to undo."""
+        if self.value(check_health) is not None and (self.value(align) is not None or not self.knows(align)):
+            self._pointed = True
+            if self.state.primary_latent is None:
+                with self.state.unrecorded():
+                    self.state.param.update(**self._worst())
+
     def select_worst(self) -> None:
+        """Select the worst thing."""
+        self.state.param.update(**self._worst())
+        self.poll()
+
+    def _worst(self) -> dict:
         """The true feature with the lowest best match and the latent nearest to it; without truth, the latent that writes
         something unlike what fires it."""
         feature, latent = worst_pair(self.value(align))
@@ -172,11 +188,10 @@ class Desk(Reader):
         if latent is None and health is not None and health.alive.any():
             alive = np.flatnonzero(health.alive)
             latent = int(alive[np.argmin(health.decoder_response[alive])])
-        if latent is not None:
-            features = () if feature is None else (feature,)
-            changes = {"selected_latents": (latent,), "primary_latent": latent, "selected_features": features, "primary_feature": feature}
-            self.state.param.update(**changes)
-            self.poll()
+        if latent is None:
+            return {}
+        features = () if feature is None else (feature,)
+        return {"selected_latents": (latent,), "primary_latent": latent, "selected_features": features, "primary_feature": feature}
 
     def select_random(self) -> None:
         self.select(latents=(int(np.random.default_rng().integers(self.session.n_latents)),))

@@ -9,6 +9,7 @@ from sdl_explorer.data.activations import Activations
 from sdl_explorer.data.sources import Source
 from sdl_explorer.data.store import Stored
 from sdl_explorer.models.dictionary import SparseDictionary
+from sdl_explorer.registry import members
 from sdl_explorer.session import Session
 
 WEIGHTS = ("cfg.json", "dictionary.safetensors")
@@ -28,6 +29,7 @@ def session_of(what, dictionary=None, targets=None, activations=None, **settings
             raise FileNotFoundError(f"explore: there is nothing at {path}. Give a run folder, a checkpoint or a file of activations.")
         if (path / "run.json").exists():
             if activations is None and dictionary is None:
+                members(Source)  # a folder names its classes; they have to be registered
                 return Session.open(path, **settings)
             what = SparseDictionary.load(path)
         elif _is_checkpoint(path):
@@ -58,8 +60,8 @@ def source_of(what, targets=None) -> Source:
     if isinstance(what, torch.Tensor | np.ndarray) or _is_path(what):
         return Stored(what, targets)
     raise TypeError(
-        f"explore: {type(what).__name__} is nothing to explore. Give a tensor, an array, a file or folder of activations, a checkpoint with "
-        "activations=, a Source or a Session."
+        f"explore: {type(what).__name__} is nothing to explore. Give a tensor, an array, a file or folder of activations, a checkpoint "
+        "with activations=, a Source or a Session."
     )
 
 

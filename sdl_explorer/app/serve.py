@@ -12,6 +12,7 @@ import panel as pn
 
 from sdl_explorer.app.entry import session_of
 from sdl_explorer.app.explorer import Explorer
+from sdl_explorer.app.facts import failure
 from sdl_explorer.session import Session
 from sdl_explorer.state import ExplorerState
 from sdl_explorer.widgets.kit import Text
@@ -21,7 +22,7 @@ FIRST_LOOK = Path(__file__).resolve().parent.parent / "assets" / "first_look"
 MOST_VISITORS = 24
 MOST_STEPS = 20_000  # a press of Play or Train, where sessions belong to visitors
 VISITOR_BYTES = 200_000_000  # of commits
-E1 = "Load a model, or start from one of 0 examples. Nothing is bundled with this installation: sdl-explorer open PATH shows your own."
+E1 = "Load a model, or start from one of 0 examples. None is bundled with this installation; `sdl-explorer open PATH` shows your own."
 FULL = f"{MOST_VISITORS} visitors are here already, which is the limit of this server. Try again in a few minutes."
 
 _visitors = 0
@@ -35,13 +36,23 @@ def serve(what=None, port: int = 5006, address: str = "127.0.0.1", show: bool | 
     visitor gets a copy that is theirs alone. `port=0` takes a free one; `show` opens a browser.
     """
     port = port or _free_port(address)
-    if what is None:
-        make = lambda: _visit(lambda: _bundled(device), owned=True)
-    else:
-        session = session_of(what, device=device)
-        make = lambda: _visit(lambda: session, owned=False)
+    make = _maker(what, device)
     print(f"SDL Explorer at http://{address}:{port}/ (stop with Ctrl+C)", flush=True)
     _serve(make, "/", port, address, bool(show), threaded=False)
+
+
+def start(what=None, port: int = 0, address: str = "127.0.0.1", device: str = "auto"):
+    """The same in a thread: (server, address). `server.stop()` ends it."""
+    port = port or _free_port(address)
+    return _serve(_maker(what, device), "/", port, address, show=False, threaded=True), f"http://{address}:{port}/"
+
+
+def _maker(what, device: str) -> Callable:
+    """What makes a visitor's page."""
+    if what is None:
+        return lambda: _visit(lambda: _bundled(device), owned=True)
+    session = session_of(what) if isinstance(what, Session) else session_of(what, device=device)
+    return lambda: _visit(lambda: session, owned=False)
 
 
 def serve_session(session: Session, state: dict, port: int, address: str, show: bool, token: str, **options):
@@ -61,8 +72,8 @@ def _serve(make: Callable, path: str, port: int, address: str, show: bool, threa
     _extension()
     origins = [f"{host}:{port}" for host in dict.fromkeys((address, "localhost", "127.0.0.1", socket.gethostname()))]
     return pn.serve(
-        {path: make}, port=port, address=address, websocket_origin=origins, show=show, threaded=threaded, title="SDL Explorer", verbose=False,
-        **options,
+        {path: make}, port=port, address=address, websocket_origin=origins, show=show, threaded=threaded, title="SDL Explorer",
+        verbose=False, **options,
     )  # fmt: skip
 
 
@@ -80,14 +91,13 @@ def _visit(open_session: Callable[[], Session], owned: bool, state: ExplorerStat
         _visitors += 1
     try:
         session = open_session()
-        if session is None:
-            return Text(E1, role="alert")
         explorer = Explorer(session, state)
         explorer.desk.most_steps = MOST_STEPS if owned else None
         page = explorer.__panel__().__panel__()
-    except BaseException:
+    except Exception as error:  # the page says why; it is never blank
+        log.exception("a visitor's page")
         _leave()
-        raise
+        return Text(failure(error), role="alert")
     pn.state.on_session_destroyed(_goodbye(explorer, page, owned))
     return page
 
@@ -118,13 +128,13 @@ def _discard(session: Session) -> None:
         shutil.rmtree(folder.parent, ignore_errors=True)
 
 
-def _bundled(device: str) -> Session | None:
-    """A copy of the bundled run that can be trained on; None where none is bundled."""
+def _bundled(device: str) -> Session:
+    """A copy of the bundled run that can be trained on."""
     if not (FIRST_LOOK / "run.json").exists():
-        return None
+        raise FileNotFoundError(E1)
     folder = Path(tempfile.mkdtemp(prefix="sdl-explorer-")) / "first_look"
     shutil.copytree(FIRST_LOOK, folder)
-    session = Session.open(folder, device=device)
+    session = session_of(folder, device=device)
     session.budget = VISITOR_BYTES
     return session
 

@@ -17,7 +17,7 @@ class Inspector(pn.viewable.Viewer):
         self.host = host
         self._drawn = None
         self.title = Text("Inspector", tag="h2", css_classes=["sdlx-inspector-title"])
-        self.search = pmui.IntInput(label="Latent", value=None, start=0, width=150, size="small", css_classes=["sdlx-search"])
+        self.search = pmui.TextInput(label="Latent", placeholder="id", width=110, size="small", css_classes=["sdlx-search"])
         self.search.param.watch(self._search, "value")
         button = lambda label, name, click: pmui.Button(
             label=label, on_click=click, css_classes=[f"sdlx-{name}"], size="small", variant="outlined", margin=(4, 3)
@@ -59,9 +59,7 @@ class Inspector(pn.viewable.Viewer):
         if self._drawn == (latent, lines, feature_lines, examples, state.theme):
             return
         self._drawn = (latent, lines, feature_lines, examples, state.theme)
-        self.search.end = (state.n_latents or 1) - 1
-        if self.search.value != latent:
-            self.search.value = latent
+        self.search.value = "" if latent is None else str(latent)
         self.title.text = "Inspector" if latent is None else f"Latent {latent}"
         self.facts.text = NO_SELECTION if latent is None else "\n".join(lines)
         self.feature.text = "\n".join(feature_lines)
@@ -69,5 +67,10 @@ class Inspector(pn.viewable.Viewer):
         self.examples.html = examples
 
     def _search(self, event) -> None:
-        if event.new is not None and event.new != self.host.state.primary_latent:
-            self.host.select(latents=(event.new,))
+        typed = (event.new or "").strip()
+        if typed in ("", str(self.host.state.primary_latent)):
+            return
+        try:
+            self.host.select(latents=(int(typed),))
+        except ValueError:
+            self.host.say(f"There is no latent {typed}; ids run from 0 to {self.host.session.n_latents - 1}.", "warning")

@@ -14,6 +14,10 @@ DEAD_FIRST, PRIMARY = "dead latents first, then best matches", "the selected lat
 TRUE, CLASS, GIVEN = "true features", "class means", "given anchors"
 PICKS = {"loss-weighted rows (Bricken et al. 2023)": "loss2", "the worst rows": "worst"}
 TARGETS = {"the input": "input", "the residual": "residual"}
+PAIRS = (
+    "Each pair trains with and without the last intervention, with the same seed and data order; a sham arm resets the same latents at "
+    "random. There is no intervention on this branch yet."
+)
 
 
 def _button(label: str, name: str, click, **more) -> pmui.Button:
@@ -36,7 +40,7 @@ class ResampleForm(pn.viewable.Viewer):
         self.host = host
         settings = {"size": "small", "margin": (6, 8)}
         self.which = pmui.Select(label="Restart", options=[DEAD, SELECTED], width=190, **settings, css_classes=["sdlx-resample-which"])
-        self.number = pmui.IntInput(label="At most", value=None, start=1, width=100, **settings, css_classes=["sdlx-resample-count"])
+        self.number = pmui.TextInput(label="At most", placeholder="all", width=90, **settings, css_classes=["sdlx-resample-count"])
         self.pick = pmui.Select(label="from", options=PICKS, width=290, **settings, css_classes=["sdlx-resample-pick"])
         self.target = pmui.Select(label="New directions copy", options=TARGETS, width=170, **settings, css_classes=["sdlx-resample-target"])
         self.scale, self.noise = (
@@ -74,7 +78,10 @@ class ResampleForm(pn.viewable.Viewer):
     def intervention(self) -> Resample:
         latents = self.host.dead() if self.which.value == DEAD else self.host.state.selected_latents
         settings = {name: getattr(self, name).value for name in ("pick", "target", "scale", "noise")}
-        return Resample(latents=[int(i) for i in latents][: self.number.value or None], **settings)
+        most = (self.number.value or "").strip()
+        if most and not (most.isdigit() and int(most) > 0):
+            raise ValueError(f"Resample: at most {most!r} latents; give a whole number from 1, or leave it empty for all of them.")
+        return Resample(latents=[int(i) for i in latents][: int(most) if most else None], **settings)
 
     def take_selection(self) -> None:
         """Restart what is selected, or the dead ones where nothing is."""
@@ -120,15 +127,14 @@ class AnchorForm(pn.viewable.Viewer):
         if not sources:
             self.said.text, self.preview.disabled = NO_ANCHORS, True
             return
-        chosen = len(self.which.value)
-        short = self.slots.value == PRIMARY and len(self.host.state.selected_latents) != chosen
-        self.said.text = (
-            "Choose the directions to hold latents to."
-            if not chosen
-            else f"{plural(chosen, 'direction')} and {plural(len(self.host.state.selected_latents), 'selected latent')}: give one latent per direction."
-            if short
-            else f"{plural(chosen, 'direction')} chosen."
-        )
+        chosen, slots = len(self.which.value), len(self.host.state.selected_latents)
+        short = self.slots.value == PRIMARY and slots != chosen
+        if not chosen:
+            self.said.text = "Choose the directions to hold latents to."
+        elif short:
+            self.said.text = f"{plural(chosen, 'direction')} and {plural(slots, 'selected latent')}: give one latent per direction."
+        else:
+            self.said.text = f"{plural(chosen, 'direction')} chosen."
         self.preview.disabled = not chosen or short or not self.host.session.writable
 
     def take_selection(self) -> None:
@@ -247,7 +253,10 @@ class ControlForm(pn.viewable.Viewer):
     def __init__(self, host):
         super().__init__()
         self.host = host
-        self.steps = pmui.IntInput(label="Steps a run", value=500, start=1, end=20_000, step=100, width=130, size="small", margin=(6, 8))
+        self.steps = pmui.IntInput(
+            label="Steps a run", value=500, start=1, end=20_000, step=100, width=130, size="small", margin=(6, 8),
+            css_classes=["sdlx-control-steps"],
+        )  # fmt: skip
         self.pairs = pmui.IntInput(
             label="Pairs", value=5, start=1, end=30, width=90, size="small", margin=(6, 8), css_classes=["sdlx-pairs"]
         )
@@ -271,7 +280,7 @@ class ControlForm(pn.viewable.Viewer):
         if job is not None:
             self.said.text = f"{job.name}: {job.done:.0%}"
         elif last is None:
-            self.said.text = "Each pair trains with and without the last intervention, with the same seed and data order; a sham arm resets the same latents at random."
+            self.said.text = PAIRS
         else:
             self.said.text = (
                 f"With and without the {last.kind} of step {count(last.step)}, and a sham that resets the same latents at random."

@@ -26,12 +26,14 @@ class Text(JSComponent):
     _esm = ESM / "text.js"
     _stylesheets = [
         """
-        .text { margin: 0; color: inherit; font-size: 14px; line-height: 1.45; overflow-wrap: anywhere; white-space: pre-line }
+        .text { margin: 0; color: inherit; font-size: 14px; line-height: 1.45;
+          overflow-wrap: anywhere; white-space: pre-line }
         .text.quiet { font-size: 12.5px; opacity: .85 }
         .text.number { font-variant-numeric: tabular-nums }
         .text.warning { font-weight: 600 }
         .text.badge { font-size: 12.5px; display: inline-block; padding: 1px 10px; border: 1px solid currentColor; border-radius: 12px }
-        h1.text { font-size: 21px; font-weight: 600 } h2.text { font-size: 16px; font-weight: 600 } h3.text { font-size: 14px; font-weight: 600 }
+        h1.text { font-size: 21px; font-weight: 600 }
+        h2.text { font-size: 16px; font-weight: 600 } h3.text { font-size: 14px; font-weight: 600 }
         """
     ]
 
@@ -123,7 +125,8 @@ class CardMenu(JSComponent):
         + """
         .bar { position: relative; display: flex; gap: 6px; align-items: center; justify-content: flex-end; white-space: nowrap }
         .said { font-size: 12.5px }
-        .menu { position: absolute; right: 0; top: 32px; z-index: 20; display: flex; flex-direction: column; padding: 4px; border-radius: 6px;
+        .menu { position: absolute; right: 0; top: 32px; z-index: 20; display: flex; flex-direction: column; padding: 4px;
+          border-radius: 6px;
           background: var(--sdlx-paper, Canvas); border: 1px solid color-mix(in srgb, currentColor 40%, transparent) }
         .menu[hidden] { display: none }
         .menu button { border: 0; text-align: left }

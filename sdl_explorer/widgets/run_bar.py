@@ -31,7 +31,7 @@ def say_status(snapshot, recovery: float | None) -> str:
         "" if loss is None else f"loss {loss:.4g}",
         "" if not snapshot.losses else f"L0 {snapshot.l0:.1f}",
         f"dead {snapshot.dead}",
-        "" if recovery is None else f"recovery {recovery:.0%}",
+        "" if recovery is None else f"recovery {recovery:.1%}",
         f"waiting for {snapshot.queue} other run{'s' if snapshot.queue > 1 else ''}" if snapshot.queue else "",
     ]
     return " · ".join(part for part in parts if part)

@@ -78,7 +78,8 @@ def _sparkline(values: tuple[float, ...], theme: str) -> str:
     low, high = min(values), max(values)
     span = (high - low) or 1.0
     points = " ".join(f"{100 * i / (len(values) - 1):.1f},{22 - 20 * (v - low) / span:.1f}" for i, v in enumerate(values))
-    line = f"<polyline points='{points}' fill='none' stroke='{LINES['decoder'][theme]}' stroke-width='1.5' vector-effect='non-scaling-stroke'/>"
+    stroke = f"stroke='{LINES['decoder'][theme]}' stroke-width='1.5' vector-effect='non-scaling-stroke'"
+    line = f"<polyline points='{points}' fill='none' {stroke}/>"
     return (
         f"<svg aria-hidden='true' viewBox='0 0 100 24' preserveAspectRatio='none' style='width:100%;height:24px;display:block'>{line}</svg>"
     )
