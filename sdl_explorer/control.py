@@ -8,8 +8,9 @@ import torch
 from sdl_explorer.data.sources import stream
 from sdl_explorer.diagnosis.compare import Control
 from sdl_explorer.training.commits import Commit
+from sdl_explorer.training.loop import train
 from sdl_explorer.training.plan import Plan
-from sdl_explorer.training.run import Run
+from sdl_explorer.training.run import Run, method_of
 from sdl_explorer.training.state import TrainState
 
 INTERVENTIONS = ("resample", "anchor", "release")
@@ -22,6 +23,11 @@ def last_intervention(run: Run) -> Commit | None:
     return next((c for c in line if c.kind in INTERVENTIONS and c.parent), None)
 
 
+def arms_of(after: Commit) -> tuple[str, ...]:
+    """Which arms its pairs have: a release resets nothing, so it has no sham."""
+    return ARMS[:2] if after.kind == "release" else ARMS
+
+
 class Stopped(RuntimeError):
     """Somebody asked for the end before the result."""
 
@@ -29,17 +35,20 @@ class Stopped(RuntimeError):
 def trained_arm(run: Run, after: Commit, arm: str, n_steps: int, pair: int, stopped: Callable[[], bool]) -> Iterator[None]:
     """One arm of one pair, a step for each `next()`; returns its `TrainState`.
 
-    Arms start from the commits before and after the intervention and train on data order `pair` + 1. The sham
-    resets the same latents in random directions.
+    Arms start from the commits before and after the intervention and train on data order `pair` + 1, with the
+    settings of that time. The sham resets the same latents in random directions.
     """
     before = run.store[after.parent]
     state, _ = run.state_of(after if arm == "treated" else before)
     if arm == "sham":
         sham_plan(run.state_of(after)[0], after).sham(stream(state.seed, "sham", after.id, pair)).apply(state)
+    settings = run.store.settings(after)
+    order = settings["order"] + pair + 1
+    steps = train(state, method_of(settings), run.source, batch_size=settings["batch_size"], order=order)
     for _ in range(n_steps):
         if stopped():
             raise Stopped(f"control: stopped in pair {pair + 1}; what was finished is in session.last_control.")
-        run.one_step(state, order=run.settings["order"] + pair + 1)
+        next(steps)
         yield
     return state
 

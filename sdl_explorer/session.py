@@ -4,35 +4,36 @@ Nothing here knows a GUI. One lane thread per device touches the tensors; comman
 """
 
 import copy
-import json
+import shutil
 import tempfile
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as StillRunning
 from dataclasses import replace
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
 import param
 import torch
 
-from sdl_explorer.control import ARMS, compared, last_intervention, trained_arm
+from sdl_explorer.control import arms_of, compared, last_intervention, trained_arm
 from sdl_explorer.data.anchors import Anchors, Pins
 from sdl_explorer.data.sources import Source, stream
+from sdl_explorer.diagnosis.cached import CachedFindings
 from sdl_explorer.diagnosis.compare import Control, score
 from sdl_explorer.diagnosis.continuation import continued_method
-from sdl_explorer.diagnosis.observe import declared_settings, observe
 from sdl_explorer.diagnosis.preflight import Preflight, preflight
-from sdl_explorer.models.atomic import write_file
 from sdl_explorer.models.dictionary import SparseDictionary
 from sdl_explorer.models.methods import Method, TopK
 from sdl_explorer.models.rewrites import shifted
 from sdl_explorer.training.commits import Commit, CommitStore
 from sdl_explorer.training.folder import RunLock, read_json, restore_source, settings_of, source_record, write_json
-from sdl_explorer.training.history import History
-from sdl_explorer.training.interventions import Anchor, Intervention, Release, Resample
+from sdl_explorer.training.history import History, Recorder
+from sdl_explorer.training.interventions import Anchor, Intervention, Release, Resample, named_latents
 from sdl_explorer.training.lane import lane_of
 from sdl_explorer.training.plan import Plan
 from sdl_explorer.training.run import CHOOSE_ROWS, SETTINGS, Diverged, Run, method_of, settings_from
@@ -42,7 +43,6 @@ from sdl_explorer.training.state import Schedule, TrainState, threads_for
 JUDGE_ROWS = 10_000
 MOMENT_STEPS = 100
 PUBLISH_EVERY = 0.15
-KEPT_FINDINGS = 48
 
 
 class Session(param.Parameterized):
@@ -103,11 +103,26 @@ class Session(param.Parameterized):
         weights = copy.deepcopy(dictionary).to(device=self.device, dtype=torch.float32).requires_grad_(True)
         method.retune(weights.nonlinearity)
         weights.provenance = weights.provenance | {"kind": source.sample(1, stream(self.seed, "kind"), "choose").kind}
-        self._temporary = tempfile.TemporaryDirectory(prefix="sdl-explorer-", ignore_cleanup_errors=True)
         state = TrainState.start(weights, Schedule(self.lr, self.warmup_steps, self.decay_steps, hold), self.seed, self.dead_after)
-        self._run = Run(source, state, self._settings(), CommitStore(Path(self._temporary.name) / "commits", self.budget))
         origin = "trained elsewhere" if hold else "untrained"
+        self._run = self._run_in_memory(state, self._settings())
         self._call(lambda: self._run.commit("start", f"start: {self.n_latents} latents, {origin}, {self.method}"))
+
+    @classmethod
+    def _around(cls, source: Source, settings: dict[str, Any], found: Preflight | None = None, **constant) -> "Session":
+        """A session of settings that exist, which still lacks its run."""
+        session = cls.__new__(cls)
+        values = {k: settings[k] for k in SETTINGS} | constant
+        param.Parameterized.__init__(session, source=source, method=method_of(settings), **values)
+        session._prepare(found)
+        session._order, session._threads = settings["order"], settings["threads"]
+        return session
+
+    def _run_in_memory(self, state: TrainState, settings: dict[str, Any]) -> Run:
+        """A run whose commits lie in a folder that goes with the session."""
+        folder = tempfile.mkdtemp(prefix="sdl-explorer-")
+        self._temporary = weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
+        return Run(self.source, state, settings, CommitStore(Path(folder) / "commits", self.budget))
 
     def _prepare(self, found: Preflight | None) -> None:
         """The moving parts that no file holds."""
@@ -116,17 +131,21 @@ class Session(param.Parameterized):
         self.last_control: Control | None = None
         self.folder: Path | None = None
         self._lock: RunLock | None = None
-        self._temporary: tempfile.TemporaryDirectory | None = None
+        self._temporary: weakref.finalize | None = None
+        self._closed = False
         self._lane = lane_of(self.device)
         self._threads = threads_for(self.source.width_in, self.n_latents, self.batch_size, torch.get_num_threads())
         self._order = 0
         self._stop = threading.Event()
         self._future: Future | None = None
+        self._training_now = False
         self._target = 0
         self._copy: tuple[int, dict[str, Any]] | None = None
-        self._found: dict[Any, Any] = {}
+        self._findings = CachedFindings()
         self._rows: dict[int, Any] = {}
         self._guard = threading.RLock()
+        self._starting = threading.Lock()
+        self._publishing = threading.Lock()
         self._head_seen = 0
         self.snapshot = Snapshot(n_latents=self.n_latents)
 
@@ -144,7 +163,7 @@ class Session(param.Parameterized):
 
     @property
     def running(self) -> bool:
-        return self._future is not None and not self._future.done()
+        return self._training_now
 
     @property
     def stale(self) -> bool:
@@ -183,7 +202,7 @@ class Session(param.Parameterized):
 
     @property
     def writable(self) -> bool:
-        return self._lock is None or self._lock.held
+        return not self._closed and (self._lock is None or self._lock.held)
 
     @property
     def writer(self) -> str:
@@ -214,7 +233,8 @@ class Session(param.Parameterized):
     def stop(self) -> None:
         """End the run within one step, and wait for that."""
         self._stop.set()
-        self.snapshot = replace(self.snapshot, stopping=self.running, version=self.snapshot.version + 1)
+        with self._publishing:
+            self.snapshot = replace(self.snapshot, stopping=self.snapshot.running, version=self.snapshot.version + 1)
         if self._future is not None:
             self._future.exception()  # waits; whoever started the run gets the error
 
@@ -265,7 +285,7 @@ class Session(param.Parameterized):
         def command() -> None:
             self._run.revert(target)
             self._show_settings()
-            self.snapshot = replace(self.snapshot, diverged=None, error=None, converged=None)
+            self._note({"diverged": None, "error": None, "converged": None})
 
         self._call(command)
         return self
@@ -278,16 +298,17 @@ class Session(param.Parameterized):
         """A new session, in memory, that starts at a commit (None: the current state)."""
         target = None if commit is None else self._run.store[commit]
         run = self._run
-        state, settings = self._call(lambda: run.state_of(target) if target else (copy.deepcopy(run.state), run.settings))
-        values = {k: v for k, v in self.param.values().items() if k not in ("name", "method", "n_latents", "source")}
-        twin = Session(self.source, method_of(settings), self.n_latents, **values)
 
-        def command() -> None:
-            twin._run.adopt(state, settings)
-            twin._run.commit("start", f"branch at step {state.step} of {target.id if target else run.state.step}")
-            twin._show_settings()
+        def taken() -> tuple[TrainState, dict[str, Any], Recorder]:
+            state, settings = run.state_of(target) if target else (copy.deepcopy(run.state), run.settings)
+            return state, settings, run.recorder.truncated(state.step)
 
-        twin._call(command)
+        state, settings, recorder = self._call(taken)
+        constant = {k: getattr(self, k) for k in ("n_latents", "seed", "budget", "device", "anchors")}
+        twin = Session._around(self.source, settings, self.preflight, **constant)
+        twin._run = twin._run_in_memory(state, settings)
+        twin._run.recorder = recorder
+        twin._call(lambda: twin._run.commit("start", f"branch at step {state.step} of {self.head.id}"))
         return twin
 
     def control(self, n_steps: int, runs: int = 5) -> Control:
@@ -298,6 +319,7 @@ class Session(param.Parameterized):
         early (raises `Stopped`); the pairs that were finished stay in `last_control`.
         """
         self._require_writer("control")
+        n_steps, runs = _count("control: n_steps", n_steps), _count("control: runs", runs)
         self._call(self._take_settings)
         after = last_intervention(self._run)
         if after is None:
@@ -310,19 +332,20 @@ class Session(param.Parameterized):
             anchors = self.anchors if rows.truth is None else None
             return score(state.dictionary, rows, state.samples_since_fired.cpu(), state.dead_after, pins=treated.pins, anchors=anchors)
 
-        start, scores = measure(before), {arm: [] for arm in ARMS}
+        arms = arms_of(after)
+        start, scores = measure(before), {arm: [] for arm in arms}
         if not self.running:
             self._stop.clear()
         try:
-            for done in range(runs * len(ARMS)):
-                pair, arm = done // len(ARMS), ARMS[done % len(ARMS)]
-                self._publish(job=Job("control", done / (runs * len(ARMS))))
-                steps = trained_arm(self._run, after, arm, int(n_steps), pair, self._stop.is_set)
+            for done in range(runs * len(arms)):
+                pair, arm = done // len(arms), arms[done % len(arms)]
+                self._note({"job": Job("control", done / (runs * len(arms)))})
+                steps = trained_arm(self._run, after, arm, n_steps, pair, self._stop.is_set)
                 scores[arm].append(measure(self._wait(self._lane.start(self, steps))))
-                if arm == ARMS[-1]:
-                    self.last_control = compared(after, int(n_steps), start, scores)
+                if arm == arms[-1]:
+                    self.last_control = compared(after, n_steps, start, scores)
         finally:
-            self._publish(job=None)
+            self._note({"job": None})
         return self.last_control
 
     def find(self, finding, *, n: int = JUDGE_ROWS, progress: Callable[[float], None] | None = None, **settings):
@@ -331,25 +354,10 @@ class Session(param.Parameterized):
         Runs in the caller's thread. `progress(done)` is called between blocks; an exception in it cancels.
         """
         findings = finding if isinstance(finding, list) else [finding]
-        unknown = set(settings) - set().union(*(declared_settings(f) for f in findings))
-        if unknown:
-            raise TypeError(f"find: no finding in {[f.__name__ for f in findings]} takes {sorted(unknown)}.")
         view, rows = self._view(), self._judge_rows(n)
         known = {name: view[name] for name in ("samples_since_fired", "dead_after", "pins")}
         known["anchors"] = self.anchors if rows.truth is None else None
-        offered = {name: value for name, value in known.items() if value is not None} | settings
-        requests = {f: {k: v for k, v in offered.items() if k in declared_settings(f)} for f in findings}
-        # the cache holds what its keys name by identity, so that an id is not used again meanwhile
-        keys = {f: (view["key"], f, n, *((k, _token(v)) for k, v in sorted(requests[f].items()))) for f in findings}
-        missing = [f for f in findings if keys[f] not in self._found]
-        if missing:
-            results = observe(view["dictionary"], rows.to(self.device), [(f, requests[f]) for f in missing], progress=progress)
-            with self._guard:
-                self._found |= {keys[f]: (result, requests[f]) for f, result in zip(missing, results, strict=True)}
-        with self._guard:
-            results = [self._found[keys[f]][0] for f in findings]
-            for old in list(self._found)[:-KEPT_FINDINGS]:
-                del self._found[old]
+        results = self._findings.find(findings, view["key"], view["dictionary"], rows, known, settings, progress)
         return results if isinstance(finding, list) else results[0]
 
     def save(self, folder) -> Path:
@@ -362,30 +370,27 @@ class Session(param.Parameterized):
     def open(cls, folder, source: Source | None = None, take_over: bool = False, device: str = "auto") -> "Session":
         """The session of a run folder, at its last commit. A second opener follows, read-only."""
         folder = Path(folder).expanduser().resolve()
-        record = read_json(folder / "run.json")
+        record = read_json(folder / "run.json", "source", "session", "n_latents", "seed", "budget")
         settings = record["session"]
-        session = cls.__new__(cls)
-        fields = {
-            "source": restore_source(record["source"], folder, source),
-            "method": method_of(settings),
-            "device": _device(device),
-            **{k: record[k] for k in ("n_latents", "seed", "budget")},
-            **{k: settings[k] for k in SETTINGS},
-        }
-        param.Parameterized.__init__(session, **fields)
-        session._prepare(None)
+        constant = {k: record[k] for k in ("n_latents", "seed", "budget")}
+        session = cls._around(restore_source(record["source"], folder, source), settings, device=_device(device), **constant)
         session.folder = folder
         session._lock = RunLock(folder, take_over)
-        store = CommitStore(folder / "commits", session.budget)
-        weights = store.load_dictionary(next(iter(store))).to(session.device)
-        session._run = Run(session.source, TrainState.start(weights, seed=session.seed), settings, store)
-        session._call(session._check_out)
+        try:
+            store = CommitStore(folder / "commits", session.budget)
+            head = store[read_json(folder / "head.json", "commit")["commit"]]
+            weights = store.load_dictionary(head).to(session.device)
+            session._run = Run(session.source, TrainState.start(weights, seed=session.seed), settings, store)
+            session._call(session._check_out)
+        except BaseException:
+            session._lock.release()
+            raise
         return session
 
     def close(self) -> None:
-        """Stop, and give the folder up."""
-        if self.running:
-            self.stop()
+        """Stop, and give the folder up. What was read stays readable; nothing can be trained or written."""
+        self.stop()
+        self._closed = True
         self._give_up()
 
     def __enter__(self) -> "Session":
@@ -416,27 +421,21 @@ class Session(param.Parameterized):
 
     def _begin(self, n: int, only, converge: bool) -> Future:
         self._require_writer("train")
-        if isinstance(n, bool) or int(n) != n or n < 1:
-            raise ValueError(f"train: n is {n!r}; give a whole number of steps, at least 1.")
-        if only is not None and len(only := [int(i) for i in only]) == 0:
-            raise ValueError("train: only is empty; name at least one latent, or leave it out.")
-        if only is not None and not 0 <= min(only) <= max(only) < self.n_latents:
-            raise ValueError(f"train: only names latents {min(only)} to {max(only)}; the last one is {self.n_latents - 1}.")
-        with self._guard:
+        n = _count("train: n", n)
+        if only is not None:
+            only = named_latents("train(only=)", only, self.n_latents).tolist()
+        with self._starting:
             if self.running:
                 raise RuntimeError(f"train: already training up to step {self._target}; call stop() first.")
             self._stop.clear()
-            self._target = self._run.state.step + int(n)
-            self._future = self._lane.start(self, self._training(int(n), only, converge))
-            self._future.add_done_callback(lambda _: self._publish())
+            self._training_now, self._target = True, self._run.state.step + n
+            self._future = self._lane.start(self, self._training(n, only, converge))
         return self._future
 
     def _training(self, n: int, only, converge: bool) -> Iterator[None]:
         """The work of one run; the lane advances it."""
-        self._set_threads()
-        self._take_settings()
         published, clock = self._run.state.step, time.perf_counter()
-        self._publish(diverged=None, converged=None, error=None)
+        outcome: dict[str, Any] = {}
 
         def pulse() -> None:
             nonlocal published, clock
@@ -449,11 +448,16 @@ class Session(param.Parameterized):
                 self._publish(rate=rate)
 
         try:
-            converged = yield from self._run.advance(n, only, self._stop.is_set, pulse, converge)
-            self._publish(converged=converged)
+            self._set_threads()
+            self._publish(diverged=None, converged=None, error=None)
+            self._take_settings()
+            outcome["converged"] = yield from self._run.advance(n, only, self._stop.is_set, pulse, converge)
         except Exception as error:
-            self._publish(error=str(error), diverged=error if isinstance(error, Diverged) else None)
+            outcome |= {"error": str(error), "diverged": error if isinstance(error, Diverged) else None}
             raise
+        finally:
+            self._training_now = False  # before the future is done: who waited for it reads the last snapshot
+            self._publish(**outcome)
 
     def _settings(self) -> dict[str, Any]:
         """The settings of the next step, as JSON."""
@@ -461,7 +465,10 @@ class Session(param.Parameterized):
         return settings_from(self.method, values)
 
     def _take_settings(self) -> None:
-        self._run.store.budget = self.budget
+        if self._run.store.budget != self.budget:
+            self._run.store.budget = self.budget
+            if self.folder is not None:
+                write_json(self.folder / "run.json", read_json(self.folder / "run.json") | {"budget": self.budget})
         self._run.take_settings(self._settings())
 
     def _show_settings(self) -> None:
@@ -488,7 +495,7 @@ class Session(param.Parameterized):
             run.store.copy_to(folder / "commits")
             record = {"source": source_record(self.source, folder), "session": run.settings}
             record |= {"n_latents": self.n_latents, "seed": self.seed, "budget": self.budget}
-            write_file(folder / "history.json", json.dumps(run.recorder.points).encode())
+            write_json(folder / "history.json", {"points": run.recorder.points}, indent=None)
             write_json(folder / "head.json", {"commit": self.head.id})
             write_json(folder / "run.json", record)  # last: without it the folder is no run
         except BaseException:
@@ -504,27 +511,42 @@ class Session(param.Parameterized):
         if self._lock is not None:
             self._lock.release()
         if self._temporary is not None:
-            self._temporary.cleanup()
+            self._temporary()
         self._lock = self._temporary = None
 
     def _check_out(self) -> None:
         """The head commit of the folder, as its writer or as a follower."""
-        self._head_seen = (self.folder / "head.json").stat().st_mtime_ns
-        self._run.check_out(self.folder, exact=self.writable)
+        self._head_seen = self._head_written()
+        if self.writable:
+            self._run.store.sweep()
+        try:
+            self._run.check_out(self.folder, exact=self.writable)
+        except FileNotFoundError:
+            if self._head_written() == self._head_seen:
+                raise
+            self._check_out()  # the writer went on meanwhile, and thinned that commit
         self._show_settings()
+
+    def _head_written(self) -> int:
+        return (self.folder / "head.json").stat().st_mtime_ns
 
     def _follow(self) -> None:
         """A follower looks whether the writer has committed."""
-        if not self.writable and (self.folder / "head.json").stat().st_mtime_ns != self._head_seen:
+        if not self.writable and not self._closed and self._head_written() != self._head_seen:
             self._call(self._check_out)
 
+    def _note(self, changes: dict[str, Any]) -> None:
+        """Publish changes of the latest snapshot, from whichever thread."""
+        with self._publishing:
+            self.snapshot = replace(self.snapshot, **changes, version=self.snapshot.version + 1)
+
     def _publish(self, **changes) -> None:
+        """Publish the state; in the lane, between two steps."""
         state, points, running = self._run.state, self._run.recorder.points, self.running
         last = points[-1] if points else {}
         silent = state.samples_since_fired.cpu().numpy().copy()
         flags = {"running": running, "stopping": running and self._stop.is_set(), "rate": self.snapshot.rate if running else 0.0}
         facts = {
-            "version": self.snapshot.version + 1,
             "step": state.step,
             "target": self._target if running else state.step,
             "queue": self._lane.ahead(self),
@@ -533,7 +555,7 @@ class Session(param.Parameterized):
             "losses": {k: v for k, v in last.items() if k not in ("step", "l0", "dead")},
             "l0": last.get("l0", float("nan")),
         }
-        self.snapshot = replace(self.snapshot, **facts, **flags | changes)
+        self._note(facts | flags | changes)
 
     # reading -------------------------------------------------------------------------------------------------------
 
@@ -564,9 +586,10 @@ class Session(param.Parameterized):
                     if future.done():
                         raise
                     self._pulse()
-        except KeyboardInterrupt:
-            self._stop.set()
-            future.exception()
+        except BaseException:
+            if not future.done():  # an interrupt, or a pulse that failed
+                self._stop.set()
+                future.exception()
             raise
         finally:
             self._pulse()
@@ -576,6 +599,8 @@ class Session(param.Parameterized):
             pulse()
 
     def _require_writer(self, verb: str) -> None:
+        if self._closed:
+            raise PermissionError(f"{verb}: this session is closed. Open its folder again with Session.open, or start a new Session.")
         if not self.writable:
             raise PermissionError(
                 f"{verb}: this session follows {self.folder}, which {self.writer} writes. Close it, go on in memory with branch(), or, "
@@ -584,9 +609,19 @@ class Session(param.Parameterized):
 
 
 def _device(name: str) -> str:
-    if name != "auto":
-        return str(torch.device(name))
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return torch.empty(0, device=name).device.type if ":" not in name else str(torch.empty(0, device=name).device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"Session: device {name!r} cannot be used here ({reason}). Use 'auto', 'cpu' or 'cuda'.") from error
+
+
+def _count(what: str, value) -> int:
+    if isinstance(value, bool) or not isinstance(value, Real) or value % 1 != 0 or value < 1:
+        raise ValueError(f"{what} is {value!r}; give a whole number, at least 1.")
+    return int(value)
 
 
 def _check_widths(dictionary: SparseDictionary, source: Source) -> None:
@@ -595,8 +630,3 @@ def _check_widths(dictionary: SparseDictionary, source: Source) -> None:
             f"Session: the dictionary has widths ({dictionary.d_in}, {dictionary.d_out}) and the data ({source.width_in}, "
             f"{source.width_out}); open it on activations of the place it was trained on."
         )
-
-
-def _token(value: Any) -> Any:
-    """A setting as part of a cache key: plain values by value, everything else by identity."""
-    return value if isinstance(value, (int, float, str, bool, tuple, type(None))) else id(value)

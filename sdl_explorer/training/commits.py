@@ -9,8 +9,10 @@ One folder a commit:
 A commit is written beside its place, synced and renamed, so that a killed process leaves whole commits only.
 """
 
+import contextlib
 import hashlib
 import json
+import os
 import shutil
 import time
 from collections.abc import Iterator
@@ -19,14 +21,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 
 from sdl_explorer.data.anchors import Anchors, Pins
 from sdl_explorer.models.atomic import replace_directory, write_file
 from sdl_explorer.models.dictionary import SparseDictionary
+from sdl_explorer.models.formats.files import read_json, read_tensors, tensor_bytes
 from sdl_explorer.training.state import Schedule, TrainState, adam
 
 FORMAT_VERSION = 1
+HEADERS = 8_192  # bytes; an upper bound for the headers of both tensor files
 
 
 @dataclass(frozen=True)
@@ -71,23 +74,24 @@ class CommitStore:
         matches = [c for c in self._commits.values() if c.id.startswith(key)] if key else []
         if len(matches) != 1:
             known = ", ".join(f"{c.id} (step {c.step})" for c in list(self._commits.values())[-5:])
-            raise ValueError(f"commit {key!r}: {len(matches)} commits match; the newest are {known}.")
+            raise ValueError(f"commit {key!r}: {len(matches)} commits of {self.folder} match; the newest are {known or 'none'}.")
         return matches[0]
 
     def refresh(self) -> None:
         """Read what another process has written or thinned since."""
         records = {}
-        for path in self.folder.glob("*/commit.json"):
-            if path.parent.name.startswith("."):
+        for path in self.folder.glob("[!.]*/commit.json"):
+            try:
+                record = _read_record(path)
+            except FileNotFoundError:  # thinned by its writer since the folder was listed
                 continue
-            record = _read_json(path)
             records[record["order"]] = Commit(**record["commit"] | {"latents": tuple(record["commit"]["latents"])})
         self._commits = {records[order].id: records[order] for order in sorted(records)}
 
     @property
     def size(self) -> int:
         """Bytes on disk."""
-        return sum(f.stat().st_size for f in self.folder.rglob("*") if f.is_file())
+        return _folder_size(self.folder)
 
     def has_moments(self, commit: Commit) -> bool:
         return (self.folder / commit.id / "training.safetensors").exists()
@@ -112,14 +116,15 @@ class CommitStore:
             "settings": settings,
             "state": _scalars(state),
         }
-        self._make_room(_nbytes(state), commit)
+        text = json.dumps(record)
+        self._make_room(_nbytes(state) + len(text), commit)
 
         def fill(folder: Path) -> None:
             state.dictionary.save(folder / "dictionary.safetensors")
-            save_file(_tensors(state), folder / "training.safetensors")
-            (folder / "commit.json").write_text(json.dumps(record, indent=1))
+            tensors = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in _tensors(state).items()}
+            (folder / "training.safetensors").write_bytes(tensor_bytes(tensors))
+            (folder / "commit.json").write_text(text)
 
-        self.folder.mkdir(parents=True, exist_ok=True)
         replace_directory(self.folder / commit.id, fill)
         self._commits[commit.id] = commit
         self._thin_moments()
@@ -135,7 +140,8 @@ class CommitStore:
         """The state as it was: weights, moments, counters, pins, seed, step. Needs its moments."""
         scalars = self._record(commit)["state"]
         dictionary = self.load_dictionary(commit).to(device).train()
-        tensors = load_file(self.folder / commit.id / "training.safetensors", device=str(device))
+        stored, _ = read_tensors(self.folder / commit.id / "training.safetensors")
+        tensors = {name: tensor.to(device) for name, tensor in stored.items()}
         schedule = Schedule(**scalars["schedule"])
         optimiser = adam(dictionary, schedule.lr)
         names = dict(dictionary.named_parameters())
@@ -157,13 +163,33 @@ class CommitStore:
 
     def copy_to(self, folder: Path) -> None:
         """The same commits in another folder."""
-        replace_directory(folder, lambda new: shutil.copytree(self.folder, new, dirs_exist_ok=True))
+
+        def copy(new: Path) -> None:
+            shutil.copytree(self.folder, new, dirs_exist_ok=True, ignore=shutil.ignore_patterns(".*"))
+
+        replace_directory(folder, copy)
+
+    def forget(self, commit: Commit) -> None:
+        """Remove a commit; its children now follow its parent."""
+        for child in [c for c in self._commits.values() if c.parent == commit.id]:
+            record = self._record(child)
+            record["commit"]["parent"] = commit.parent
+            write_file(self.folder / child.id / "commit.json", json.dumps(record).encode())
+        hidden = self.folder / f".{commit.id}.tmp"
+        os.replace(self.folder / commit.id, hidden)  # gone in one piece, whatever happens to the files
+        shutil.rmtree(hidden, ignore_errors=True)
+        self.refresh()
+
+    def sweep(self) -> None:
+        """Remove what a killed writer left half done. For the writer alone."""
+        for path in self.folder.glob(".*.tmp"):
+            shutil.rmtree(path, ignore_errors=True)
 
     def _record(self, commit: Commit) -> dict[str, Any]:
-        return _read_json(self.folder / commit.id / "commit.json")
+        return _read_record(self.folder / commit.id / "commit.json")
 
     def _next_order(self) -> int:
-        orders = [_read_json(path)["order"] for path in self.folder.glob("[!.]*/commit.json")]
+        orders = [_read_record(path)["order"] for path in self.folder.glob("[!.]*/commit.json")]
         return max(orders, default=-1) + 1
 
     def _thin_moments(self) -> None:
@@ -172,31 +198,25 @@ class CommitStore:
             (self.folder / commit.id / "training.safetensors").unlink(missing_ok=True)
 
     def _make_room(self, needed: int, commit: Commit) -> None:
+        """Thin as far as needed, or not at all where that would not be enough."""
+        excess = self.size + needed - self.budget
+        thinned = []
         for old in self._automatic():
-            if self.size + needed <= self.budget:
-                return
-            self._forget(old)
-        if self.size + needed > self.budget:
+            if excess > 0 and old.id != commit.parent:
+                thinned.append(old)
+                excess -= _folder_size(self.folder / old.id)
+        if excess > 0:
             raise BudgetError(
                 f"commit at step {commit.step}: needs {needed / 1e6:.1f} MB beside {self.size / 1e6:.1f} MB kept, and session.budget is "
                 f"{self.budget / 1e6:.1f} MB. Raise session.budget, or save to a new folder."
             )
+        for old in thinned:
+            self.forget(old)
 
     def _automatic(self) -> list[Commit]:
-        """The every-500 commits that nothing else starts from, oldest first."""
-        parents = {c.parent for c in self._commits.values() if c.kind != "auto"}
-        return [c for c in self._commits.values() if c.kind == "auto" and c.id not in parents]
-
-    def _forget(self, commit: Commit) -> None:
-        """Remove an automatic commit; its children now follow its parent."""
-        for child in [c for c in self._commits.values() if c.parent == commit.id]:
-            record = self._record(child)
-            record["commit"]["parent"] = commit.parent
-            write_file(self.folder / child.id / "commit.json", json.dumps(record, indent=1).encode())
-        for path in (self.folder / commit.id).iterdir():
-            path.unlink()
-        (self.folder / commit.id).rmdir()
-        self.refresh()
+        """The every-500 commits from which no intervention or change of settings starts, oldest first."""
+        starts = {c.parent for c in self._commits.values() if c.kind not in ("auto", "run", "manual")}
+        return [c for c in self._commits.values() if c.kind == "auto" and c.id not in starts]
 
 
 def _refuse_nonfinite(state: TrainState) -> None:
@@ -230,7 +250,7 @@ def _tensors(state: TrainState) -> dict[str, torch.Tensor]:
             "pins/weight": pins.weight,
             "pins/hard": pins.hard,
         }
-    return {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
+    return tensors
 
 
 def _pins(tensors: dict[str, torch.Tensor], names: dict[str, Any] | None) -> Pins | None:
@@ -242,13 +262,24 @@ def _pins(tensors: dict[str, torch.Tensor], names: dict[str, Any] | None) -> Pin
 
 def _nbytes(state: TrainState) -> int:
     weights = sum(t.nbytes for t in state.dictionary.state_dict().values())
-    return weights + sum(t.nbytes for t in _tensors(state).values()) + 8_192
+    return weights + sum(t.nbytes for t in _tensors(state).values()) + HEADERS
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    record = json.loads(path.read_text())
+def _folder_size(folder: Path) -> int:
+    total = 0
+    for path in folder.rglob("*"):
+        with contextlib.suppress(FileNotFoundError):  # thinned since the folder was listed
+            total += path.stat().st_size if path.is_file() else 0
+    return total
+
+
+def _read_record(path: Path) -> dict[str, Any]:
+    record = read_json(path)
     if record.get("format_version", 0) > FORMAT_VERSION:
         raise ValueError(
             f"{path}: format_version is {record['format_version']} and this sdl_explorer reads up to {FORMAT_VERSION}; upgrade it."
         )
+    missing = {"order", "commit", "settings", "state"} - set(record)
+    if missing:
+        raise ValueError(f"{path}: {sorted(missing)[0]!r} is missing; the file is damaged. Remove its folder to go on without this commit.")
     return record

@@ -11,6 +11,7 @@ JSON and safetensors only: class names resolve among members already registered;
 because a file says so.
 """
 
+import contextlib
 import json
 import os
 import socket
@@ -44,7 +45,8 @@ class RunLock:
         self._stop = threading.Event()
         self.held = self._acquire(take_over)
         if self.held:
-            threading.Thread(target=self._beat, name="sdl-heartbeat", daemon=True).start()
+            self._beating = threading.Thread(target=self._beat, name="sdl-heartbeat", daemon=True)
+            self._beating.start()
 
     @property
     def writer(self) -> str:
@@ -59,6 +61,7 @@ class RunLock:
         if not self.held:
             return
         self._stop.set()
+        self._beating.join()
         self.held = False
         self._record.unlink(missing_ok=True)
         self._file.release()
@@ -77,9 +80,9 @@ class RunLock:
 
     def _beat(self) -> None:
         while not self._stop.wait(HEARTBEAT):
-            if not self._record.parent.exists():
-                return
-            self._write()
+            with contextlib.suppress(OSError):  # a full disk only ages the heartbeat
+                if self.folder.exists():
+                    self._write()
 
     def _write(self) -> None:
         record = {"host": socket.gethostname(), "pid": os.getpid(), "heartbeat": time.time()}
@@ -87,16 +90,17 @@ class RunLock:
 
     def _read(self) -> dict[str, Any] | None:
         try:
-            return json.loads(self._record.read_text())
-        except FileNotFoundError:
+            return read_json(self._record, "host", "pid", "heartbeat")
+        except (FileNotFoundError, ValueError):  # the operating system's lock decides, with or without a name
             return None
 
 
-def write_json(path: Path, record: dict[str, Any]) -> None:
-    write_file(path, json.dumps({"format_version": FORMAT_VERSION, **record}, indent=1).encode())
+def write_json(path: Path, record: dict[str, Any], indent: int | None = 1) -> None:
+    write_file(path, json.dumps({"format_version": FORMAT_VERSION, **record}, indent=indent).encode())
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path, *keys: str) -> dict[str, Any]:
+    """A record with at least these keys."""
     try:
         record = json.loads(Path(path).read_text())
     except FileNotFoundError as error:
@@ -105,10 +109,14 @@ def read_json(path: Path) -> dict[str, Any]:
         ) from error
     except ValueError as error:
         raise ValueError(f"{path} is not JSON ({error}); the folder is damaged or not a run folder.") from error
+    if not isinstance(record, dict):
+        raise ValueError(f"{path} holds a JSON {type(record).__name__}; the folder is damaged or not a run folder.")
     if record.get("format_version", 0) > FORMAT_VERSION:
         raise ValueError(
             f"{path}: format_version is {record['format_version']}, this sdl_explorer reads up to {FORMAT_VERSION}; upgrade it."
         )
+    if missing := sorted(set(keys) - set(record)):
+        raise ValueError(f"{path}: {missing[0]!r} is missing; the folder is damaged or not a run folder.")
     return record
 
 

@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from typing import Any
 
+import torch
+
 SLICE = 0.05
 
 
@@ -90,7 +92,8 @@ _guard = threading.Lock()
 
 
 def lane_of(device: str) -> Lane:
-    """The lane of a device, started when first asked for."""
+    """The lane of a device, started when first asked for; "cuda" and "cuda:0" share one."""
+    device = str(torch.empty(0, device=device).device)
     with _guard:
         if device not in _lanes:
             _lanes[device] = Lane(device)

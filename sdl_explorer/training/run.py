@@ -1,7 +1,6 @@
 """A model in training with its commits: everything that touches tensors, for one thread at a time."""
 
 import copy
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +9,6 @@ from typing import Any
 import torch
 
 from sdl_explorer.data.sources import Source, stream
-from sdl_explorer.models.atomic import write_file
 from sdl_explorer.models.methods import Method
 from sdl_explorer.training.commits import Commit, CommitStore
 from sdl_explorer.training.folder import member, read_json, settings_of, write_json
@@ -60,7 +58,7 @@ class Run:
 
         `pulse` is called after each step. Returns the step at which it converged, or None. Raises `Diverged`.
         """
-        if only is not None and self.moved:
+        if only is not None and (self.moved or self._require_head().kind == "auto"):  # a replay of latents alone starts here
             self.commit("run", f"before training {len(only)} latents alone")
         first = self.state.step
         while self.state.step < first + n and not stopped():
@@ -68,7 +66,7 @@ class Run:
             self.generation += 1
             if self.state.step % COMMIT_EVERY == 0 and self.state.step < first + n:
                 self.check_finite()
-                self.commit("auto", f"step {self.state.step}")
+                self.commit("auto", f"step {self.state.step}", latents=tuple(only or ()))
                 if converge and self._has_converged():
                     return self.state.step
             pulse()
@@ -82,8 +80,8 @@ class Run:
 
     def one_step(self, state: TrainState, only=None, order: int | None = None) -> Step:
         """One step of any state under the settings in force."""
-        order = self.settings["order"] if order is None else order
-        return next(train(state, self._method, self.source, batch_size=self.settings["batch_size"], order=order, only=only))
+        in_order: int = self.settings["order"] if order is None else order
+        return next(train(state, self._method, self.source, batch_size=self.settings["batch_size"], order=in_order, only=only))
 
     def check_finite(self) -> None:
         diverged = self.recorder.flush()
@@ -96,7 +94,13 @@ class Run:
         metrics = {k: v for k, v in points[-1].items() if k != "step"} if points else {}
         parent = None if self.head is None else self.head.id
         fields = {"parent": parent, "message": message, "python": python, "kind": kind, "latents": latents, "metrics": metrics}
-        return self._set_head(self.store.write(self.state, self.settings, **fields))
+        commit = self.store.write(self.state, self.settings, **fields)
+        try:
+            self._check_in(commit, self.recorder)
+        except OSError:
+            self.store.forget(commit)
+            raise
+        return commit
 
     def take_settings(self, changed: dict[str, Any]) -> None:
         """Put changed settings in force, as a commit of their own."""
@@ -123,6 +127,10 @@ class Run:
 
     def apply(self, change: Plan | Intervention) -> Commit:
         plan = change if isinstance(change, Plan) else self.plan(change)
+        if len(plan.latents) == 0:
+            raise ValueError(
+                f"apply: every latent was dropped from this {plan.intervention} plan; nothing is left to do. Make another plan."
+            )
         if self.moved:
             self.commit("run", f"step {self.state.step}, before {plan.intervention}")
         before = self._require_head()
@@ -132,7 +140,7 @@ class Run:
             latents = tuple(int(i) for i in plan.latents)
             return self.commit(plan.intervention, f"step {self.state.step}: {plan.reading}", plan.python, latents)
         except Exception:
-            self.state, _ = self.state_of(before)
+            self.adopt(*self.state_of(before))
             raise
 
     def revert(self, target: Commit) -> None:
@@ -140,12 +148,12 @@ class Run:
         if self.moved and all(bool(torch.isfinite(p).all()) for p in self.state.dictionary.parameters()):
             self.commit("run", f"step {self.state.step}, before going back")
         state, settings = self.state_of(target)
-        left = self.recorder.history()
-        self.recorder = self.recorder.truncated(target.step)
-        if len(left) > len(self.recorder.points):
+        left, recorder = self.recorder.history(), self.recorder.truncated(target.step)
+        self._check_in(target, recorder)
+        if len(left) > len(recorder.points):
             self.ghosts = (*self.ghosts, left)[-8:]
+        self.recorder = recorder
         self.adopt(state, settings)
-        self._set_head(target)
 
     def adopt(self, state: TrainState, settings: dict[str, Any]) -> None:
         self.state = state
@@ -159,7 +167,8 @@ class Run:
             return self.store.load(commit, device), settings
         base = next(c for c in self.store.lineage(commit) if self.store.has_moments(c))
         state = self.store.load(base, device)
-        steps = train(state, method_of(settings), self.source, batch_size=settings["batch_size"], order=settings["order"])
+        only, settings_of_batch = commit.latents or None, {"batch_size": settings["batch_size"], "order": settings["order"]}
+        steps = train(state, method_of(settings), self.source, **settings_of_batch, only=only)
         while state.step < commit.step:
             next(steps)
         state.dictionary.load_state_dict(self.store.load_dictionary(commit).state_dict())  # exact on any device
@@ -179,7 +188,7 @@ class Run:
     def check_out(self, folder: Path, exact: bool) -> None:
         """The head commit of a run folder; with `exact`, also where that needs a replay."""
         self.store.refresh()
-        head = self.store[read_json(folder / "head.json")["commit"]]
+        head = self.store[read_json(folder / "head.json", "commit")["commit"]]
         if exact or self.store.has_moments(head):
             state, settings = self.state_of(head)
         else:
@@ -187,7 +196,7 @@ class Run:
             state = replace(TrainState.start(weights, seed=self.state.seed), step=head.step)
         self.adopt(state, settings)
         self.head = head
-        self.recorder = Recorder(json.loads((folder / "history.json").read_text()))
+        self.recorder = Recorder(read_json(folder / "history.json", "points")["points"]).truncated(head.step)
 
     def _adopt_settings(self, settings: dict[str, Any]) -> None:
         self.settings, self._method = settings, method_of(settings)
@@ -196,13 +205,13 @@ class Run:
         self.state.dead_after = settings["dead_after"]
         self._method.retune(self.state.dictionary.nonlinearity)
 
-    def _set_head(self, commit: Commit) -> Commit:
+    def _check_in(self, commit: Commit, recorder: Recorder) -> None:
+        """Make a commit the head, on disk first."""
         root = self.store.folder.parent
-        write_file(root / "history.json", json.dumps(self.recorder.points).encode(), durable=False)
+        write_json(root / "history.json", {"points": recorder.points}, indent=None)
         write_json(root / "head.json", {"commit": commit.id})
         self.head = commit
         self.generation += 1
-        return commit
 
     def _require_head(self) -> Commit:
         if self.head is None:
