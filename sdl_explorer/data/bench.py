@@ -82,10 +82,10 @@ class LinearBench(Generated):
     @property
     def reached(self) -> dict[str, Interference]:
         """Largest and smallest inner product reached, for each drawn matrix: "input", "target", or "source 0" ..."""
-        return {name: found for name, (_, found) in self._directions.items()}
+        return {name: found for name, (_, found) in self._drawn.items()}
 
     @cached_property
-    def _directions(self) -> dict[str, tuple[Tensor, Interference]]:
+    def _drawn(self) -> dict[str, tuple[Tensor, Interference]]:
         sides = {"input": self.d_in}
         if self.kind == "transcoder":
             sides["target"] = self.d_out or self.d_in
@@ -104,8 +104,9 @@ class LinearBench(Generated):
         return drawn
 
     @cached_property
-    def _features(self) -> tuple[Tensor, Tensor]:
-        rows = [directions for directions, _ in self._directions.values()]
+    def directions(self) -> tuple[Tensor, Tensor]:
+        """The true directions of the inputs and of the targets, (n_features, width) each, unit rows; drawn once."""
+        rows = [directions for directions, _ in self._drawn.values()]
         if self.kind == "transcoder":
             return rows[0], rows[1]
         stacked = torch.cat(rows, dim=1) / len(rows) ** 0.5
@@ -119,7 +120,7 @@ class LinearBench(Generated):
         mask = torch.rand(n, self.n_features, generator=generator) < 1 - self.sparsity
         values = self.minimum + self.scale * torch.empty(int(mask.sum())).exponential_(generator=generator)
         codes = torch.zeros(n, self.n_features).masked_scatter_(mask, values)
-        return linear_activations(codes, *self._features, names=self._names, blocks=self.blocks)
+        return linear_activations(codes, *self.directions, names=self._names, blocks=self.blocks)
 
 
 def linear_activations(

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from sdl_explorer.data.activations import Block
-from sdl_explorer.data.feeds import Feed, Ready, make_feed, to_device
+from sdl_explorer.data.feeds import Batch, Feed, Ready, make_feed, to_device
 from sdl_explorer.data.spool import Piece, Spool
 from sdl_explorer.data.store import Stored, as_labels
 
@@ -152,39 +152,48 @@ def _check_same(spool: Spool, index: int, key: bytes) -> None:
         )
 
 
-def _read(model, places: Places, batch, index: int, spool: Spool, max_rows, labels) -> Piece:
+def _read(model, places: Places, batch: Batch, index: int, spool: Spool, max_rows: int | None, labels: Tensor | None) -> Piece:
     """Runs one batch and makes rows of what the places gave."""
     ready = batch.prepare()
     blocks = _run(model, places, ready, index)
     shapes = {place: tuple(block.shape[:-1]) for place, block in blocks.items()}
     if len(set(shapes.values())) > 1:
         raise ValueError(f"capture: the places give different rows in batch {index} ({shapes}). Choose places with as many.")
-    shape = next(iter(shapes.values()))
-    whole = len(shape) == 1  # one row for each item
+    shape = shapes[places.inputs[0]]  # (n,) with one row for each item, or (n, positions)
     real, special = _mask(ready.real, shape, True, index), _mask(ready.special, shape, False, index)
-    items = torch.arange(spool.n_items, spool.n_items + shape[0]) if batch.items is None else torch.tensor(batch.items)
-    if labels is not None and int(items.max()) >= len(labels):
-        raise ValueError(f"capture: {len(labels)} labels, and batch {index} holds item {int(items.max())}; give one for each item.")
-    item = torch.arange(shape[0]).reshape(-1, *[1] * (len(shape) - 1)).expand(shape)
     room = None if max_rows is None else max_rows - spool.n_rows
     rows = {place: block[real][:room] for place, block in blocks.items()}
-    bad = [place for place, block in rows.items() if not torch.isfinite(block.float()).all()]
-    if bad:
-        raise ValueError(f"capture: {bad[0]!r} gives NaN or infinity in batch {index}. Leave that batch out, or run the model in float32.")
-    tables = {"inputs": torch.cat([rows[p] for p in places.inputs], dim=1)}
-    if places.targets:
-        tables["targets"] = torch.cat([rows[p] for p in places.targets], dim=1)
-    tables |= {
-        "item": item[real][:room],
-        "position": (real.long().cumsum(dim=-1) - 1)[real][:room] if not whole else torch.zeros(len(tables["inputs"]), dtype=torch.long),
+    _check_finite(rows, index)
+    item, position = (real.nonzero()[:room, 0], real.long().cumsum(dim=-1)[real][:room] - 1)
+    tables = {
+        "inputs": torch.cat([rows[place] for place in places.inputs], dim=1),
+        "item": item,
+        "position": position if len(shape) == 2 else torch.zeros_like(item),
         "special": special[real][:room].to(torch.uint8),
         "norms": torch.stack([block.float().norm(dim=1) for block in rows.values()], dim=1),
     }
+    if places.targets:
+        tables["targets"] = torch.cat([rows[place] for place in places.targets], dim=1)
     if labels is not None:
-        tables["labels"] = labels[items][tables["item"]]
-    documents = _documents(ready, whole, shape[0], spool.n_items)
+        tables["labels"] = _batch_labels(labels, batch, spool.n_items, shape[0], index)[item]
+    documents = _documents(ready, len(shape) == 1, shape[0], spool.n_items)
     widths = {place: block.shape[-1] for place, block in blocks.items()}
     return Piece(batch.key.hex(), tables, shape[0], int((~real).sum()), documents, ready.thumbnails, widths)
+
+
+def _check_finite(rows: dict[str, Tensor], index: int) -> None:
+    for place, block in rows.items():
+        if not torch.isfinite(block.float()).all():
+            raise ValueError(
+                f"capture: {place!r} gives NaN or infinity in batch {index}. Leave that batch out, or run the model in float32."
+            )
+
+
+def _batch_labels(labels: Tensor, batch: Batch, first: int, n_items: int, index: int) -> Tensor:
+    items = torch.arange(first, first + n_items) if batch.items is None else torch.tensor(batch.items)
+    if int(items.max()) >= len(labels):
+        raise ValueError(f"capture: {len(labels)} labels, and batch {index} holds item {int(items.max())}; give one for each item.")
+    return labels[items]
 
 
 def _documents(ready: Ready, whole: bool, n_items: int, first: int) -> list[tuple[str, ...]]:

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sdl_explorer.data.shards import tensor_bytes
 from sdl_explorer.data.sources import stream
 
 IMAGE_ENDINGS = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff"}
@@ -125,18 +126,18 @@ def _described(encoded: Mapping, tokenizer) -> Ready:
     """Which positions are real and which special, and the text of each, from token ids."""
     ids = encoded["input_ids"]
     real = encoded["attention_mask"].bool() if "attention_mask" in encoded else torch.ones_like(ids, dtype=torch.bool)
-    special = torch.isin(ids, torch.tensor(sorted(_special_ids(tokenizer)), dtype=ids.dtype))
+    special = torch.isin(ids, torch.tensor(_special_ids(tokenizer), dtype=ids.dtype))
     names = {i: tokenizer.decode([i]) for i in ids[real].unique().tolist()}
     pieces = tuple(tuple(names[i] for i in row[mask].tolist()) for row, mask in zip(ids, real, strict=True))
     return Ready(dict(encoded), pieces=pieces, real=real, special=special)
 
 
-def _special_ids(tokenizer) -> set[int]:
+def _special_ids(tokenizer) -> list[int]:
     """Without the unknown token: it stands for text, unless it has another duty too."""
     duties = ("bos", "eos", "cls", "sep", "pad", "mask")
     others = {getattr(tokenizer, f"{duty}_token_id", None) for duty in duties}
-    unknown = getattr(tokenizer, "unk_token_id", None)
-    return {i for i in tokenizer.all_special_ids if i != unknown or i in others}
+    text = {getattr(tokenizer, "unk_token_id", None)} - others
+    return [i for i in tokenizer.all_special_ids if i not in text]
 
 
 # images --------------------------------------------------------------------------------------------------------
@@ -218,9 +219,9 @@ def _digest(content) -> bytes:
     """sha256 of nested tensors, containers and plain values."""
     digest = hashlib.sha256()
     if isinstance(content, (Tensor, np.ndarray)):
-        tensor = torch.as_tensor(content).detach().cpu().contiguous()
+        tensor = torch.as_tensor(content).detach().cpu()
         digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+        digest.update(tensor_bytes(tensor))
     elif isinstance(content, Mapping):
         for key in content:
             digest.update(_digest(str(key)) + _digest(content[key]))

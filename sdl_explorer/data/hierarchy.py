@@ -59,7 +59,7 @@ class HierarchyBench(Generated):
         if self.n_features <= self.d_in:
             return random_rotation(self.d_in, stream(self.seed, "directions", "hierarchy"))[: self.n_features].float()
         bench = LinearBench(n_features=self.n_features, d_in=self.d_in, max_interference=MAX_INTERFERENCE, seed=self.seed)
-        return bench.draw(1, stream(0)).truth.input_features
+        return bench.directions[0]
 
     @cached_property
     def _tree(self) -> dict[str, tuple]:

@@ -29,7 +29,7 @@ def load_minilm():
 def installed_weights() -> Path | None:
     """The folder of the model inside the package, or None where that is not installed."""
     found = importlib.util.find_spec(PACKAGE.replace("-", "_"))
-    return Path(found.submodule_search_locations[0]) / "model" if found else None
+    return Path(found.submodule_search_locations[0]) / "model" if found and found.submodule_search_locations else None
 
 
 def _hub_weights() -> Path:

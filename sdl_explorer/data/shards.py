@@ -137,7 +137,7 @@ def scan(inputs: Table, targets: Table | None, kept: np.ndarray | None) -> tuple
         for side, table in sides.items():
             block = table.slice(start, stop)
             chosen = block if bool(here.all()) else block[here]
-            hashes[side].update(chosen.contiguous().view(torch.uint8).numpy())
+            hashes[side].update(tensor_bytes(chosen))
             finite = torch.isfinite(chosen.float()).all(dim=1)
             if not finite.all():
                 row = start + int(here.nonzero()[int((~finite).nonzero()[0])])
@@ -151,6 +151,11 @@ def scan(inputs: Table, targets: Table | None, kept: np.ndarray | None) -> tuple
     digest = hashlib.sha256(repr([(side, h.hexdigest()) for side, h in hashes.items()]).encode()).hexdigest()
     total = everything.scatter
     return digest, Removed(int((~keep).sum()), 1 - stays.scatter / total if total > 0 else 0.0)
+
+
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """The numbers as they lie in memory, in order; bfloat16 too, which numpy does not know."""
+    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 class _Scatter:
@@ -228,7 +233,7 @@ def _open_pt(path: Path) -> dict[str, Tensor]:
             warnings.simplefilter("ignore", UserWarning)  # its remarks on pickles that it then refuses
             found = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
+        reason = "it holds other objects" if isinstance(error, pickle.UnpicklingError) else str(error).splitlines()[0]
         raise ValueError(
             f"{path} does not hold plain tensors ({reason}). Only files that load with weights_only=True are read, since others can "
             "run code. Save the tensor itself: torch.save(x, path)."

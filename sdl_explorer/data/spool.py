@@ -87,8 +87,9 @@ class Spool:
         firsts = np.cumsum([0] + [p.n_items for p in waiting]) + self.n_items - sum(p.n_items for p in waiting)
         rows = {name: torch.cat([p.rows[name] for p in waiting]) for name in waiting[0].rows}
         rows["document"] = torch.cat([p.rows["item"] + int(first) for p, first in zip(waiting, firsts, strict=False)])
-        if waiting[0].thumbnails is not None:
-            rows["thumbnails"] = torch.from_numpy(np.concatenate([p.thumbnails for p in waiting]))
+        thumbnails = [p.thumbnails for p in waiting if p.thumbnails is not None]
+        if thumbnails:
+            rows["thumbnails"] = torch.from_numpy(np.concatenate(thumbnails))
         sides = {side: rows.pop(side) for side in ("inputs", "targets") if side in rows}
         part = {
             "keys": [p.key for p in waiting],
