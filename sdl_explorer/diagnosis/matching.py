@@ -56,8 +56,9 @@ class Matcher:
         used, columns = np.unique(ids, return_inverse=True)
         dummies = len(used) + np.arange(n_features)
         # the solver minimises over non-zero weights: a pair costs 2 - cos, in [1, 3], and a dummy more than any pair
+        # (indices of 32 bits: older versions of scipy solve on no others)
         costs = np.concatenate([2.0 - values, np.full((n_features, 1), 4.0)], axis=1)
-        places = np.concatenate([columns.reshape(n_features, k), dummies[:, None]], axis=1).astype(np.int32)  # older scipy solves on 32-bit indices only
+        places = np.concatenate([columns.reshape(n_features, k), dummies[:, None]], axis=1).astype(np.int32)
         offsets = np.arange(n_features + 1, dtype=np.int32) * (k + 1)
         graph = csr_array((costs.ravel(), places.ravel(), offsets), shape=(n_features, len(used) + n_features))
         rows, chosen = min_weight_full_bipartite_matching(graph)
