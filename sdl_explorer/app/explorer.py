@@ -25,7 +25,7 @@ def extension(inline: bool = True) -> None:
 
     The first display does this by itself.
     """
-    if not pn.config.panel_extension._loaded:
+    if not pn.extension._loaded:
         pn.extension("tabulator", inline=inline)
 
 
