@@ -19,6 +19,16 @@ PAIRS = (
     "random. There is no intervention on this branch yet."
 )
 
+COMPETING = (
+    "Encoder scale 1: latents compete for k places here, and at the usual 0.2 times the mean norm restarted ones seldom win a place and "
+    "die again."
+)
+
+
+def proposed_scale(session) -> float:
+    """Bricken et al.'s 0.2, and 1 where latents compete for k places."""
+    return 1.0 if "k" in session.method.param else Resample.param.scale.default
+
 
 def _button(label: str, name: str, click, **more) -> pmui.Button:
     return pmui.Button(label=label, on_click=click, css_classes=[f"sdlx-{name}"], margin=(6, 5), **{"variant": "outlined", **more})
@@ -45,18 +55,19 @@ class ResampleForm(pn.viewable.Viewer):
         self.target = pmui.Select(label="New directions copy", options=TARGETS, width=170, **settings, css_classes=["sdlx-resample-target"])
         self.scale, self.noise = (
             pmui.FloatInput(
-                label=label, value=Resample.param[name].default, start=0, end=10, step=0.05, width=130, **settings,
+                label=label, value=value, start=0, end=10, step=0.05, width=130, **settings,
                 description=Resample.param[name].doc, css_classes=[f"sdlx-resample-{name}"],
             )
-            for label, name in (("Encoder scale", "scale"), ("Noise", "noise"))
+            for label, name, value in (("Encoder scale", "scale", proposed_scale(host.session)), ("Noise", "noise", 0.0))
         )  # fmt: skip
+        self.competing = Text(COMPETING, tone="quiet", visible=proposed_scale(host.session) != Resample.param.scale.default)
         self.said = Text("", role="status", css_classes=["sdlx-resample-said"])
         self.preview = _button("Preview", "resample-preview", self._preview)
         self.which.param.watch(lambda event: self.refresh(), "value")
         form = pn.FlexBox(
             self.which, self.number, self.pick, self.target, self.scale, self.noise, self.preview, align_items="center", margin=0
         )
-        self._view = _paper("Resample", self.said, form, name="resample")
+        self._view = _paper("Resample", self.said, form, self.competing, name="resample")
 
     def __panel__(self):
         return self._view

@@ -26,14 +26,15 @@ class Text(JSComponent):
     _esm = ESM / "text.js"
     _stylesheets = [
         """
-        .text { margin: 0; color: inherit; font-size: 14px; line-height: 1.45;
+        .sdlx-line { margin: 0; color: inherit; font-size: 14px; line-height: 1.45;
           overflow-wrap: anywhere; white-space: pre-line }
-        .text.quiet { font-size: 12.5px; opacity: .85 }
-        .text.number { font-variant-numeric: tabular-nums }
-        .text.warning { font-weight: 600 }
-        .text.badge { font-size: 12.5px; display: inline-block; padding: 1px 10px; border: 1px solid currentColor; border-radius: 12px }
-        h1.text { font-size: 21px; font-weight: 600 }
-        h2.text { font-size: 16px; font-weight: 600 } h3.text { font-size: 14px; font-weight: 600 }
+        .sdlx-line.quiet { font-size: 12.5px; opacity: .85 }
+        .sdlx-line.number { font-variant-numeric: tabular-nums }
+        .sdlx-line.warning { font-weight: 600 }
+        .sdlx-line.badge { font-size: 12.5px; display: inline-block; padding: 1px 10px;
+          border: 1px solid currentColor; border-radius: 12px }
+        h1.sdlx-line { font-size: 21px; font-weight: 600 }
+        h2.sdlx-line { font-size: 16px; font-weight: 600 } h3.sdlx-line { font-size: 14px; font-weight: 600 }
         """
     ]
 

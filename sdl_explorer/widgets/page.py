@@ -1,9 +1,13 @@
 """A page: a question, and the cards that answer it. Its cards are made when it is first shown."""
 
+import logging
+
 import panel as pn
 import panel_material_ui as pmui
 
 from sdl_explorer.widgets.kit import Text
+
+log = logging.getLogger(__name__)
 
 
 class Page(pn.viewable.Viewer):
@@ -29,8 +33,13 @@ class Page(pn.viewable.Viewer):
 
     def show(self, shown: bool) -> None:
         if shown and self.parts is None:
-            self.parts = self._make()
-            self._view.extend(self.parts)
+            try:
+                self.parts = self._make()
+                self._view.extend(self.parts)
+            except Exception as error:  # the frame and the other pages stay
+                log.exception("page %s", self.title)
+                self.parts = ()
+                self._view.append(Text(f"This page could not be made: {error}", role="alert", tone="warning"))
         if self._view.visible != shown:
             self._view.visible = shown
 

@@ -12,7 +12,7 @@ if (PlotView && !PlotView.prototype.sdlx_patient) {
 export function render({ model, el }) {
   const node = document.createElement(model.tag)
   const draw = () => {
-    node.className = `text ${model.tone}`
+    node.className = `sdlx-line ${model.tone}`
     if (model.role) { node.setAttribute("role", model.role) } else { node.removeAttribute("role") }
     if (node.textContent !== model.text) { node.textContent = model.text }
   }
