@@ -1,6 +1,7 @@
 # make app    the explorer at http://127.0.0.1:$(PORT)/        make test   everything, as CI runs it
 # make check  lint, types, layers, unit tests; no browser      make real   real activations: SAE, transcoder, crosscoder
 # make gpu-check  the device tests and the app on CUDA         make clean  drop the environments
+# make bench-ui   how long a person waits for the app
 
 PORT ?= 5006
 PYTHON ?= python3
@@ -13,7 +14,7 @@ PYTEST = $(PY) -m pytest
 TORCH = torch==2.13.0
 SUDO = $(shell test "$$(id -u)" = 0 || echo sudo)
 
-.PHONY: app test check lint types oracle real gpu-check clean
+.PHONY: app test check lint types oracle real gpu-check bench-ui clean
 .DELETE_ON_ERROR:
 # One thing at a time: the tests of a machine with two cores would slow each other past their limits
 .NOTPARALLEL:
@@ -44,6 +45,9 @@ gpu-check: $(VENV)/.made-test $(VENV)/.made-chromium
 	@$(PY) -c "import sys, torch; sys.exit(0 if torch.cuda.is_available() else \
 	    f'gpu-check: torch {torch.__version__} sees no CUDA device. Run it on a machine with a GPU and a CUDA build of torch.')"
 	$(PYTEST) -m "gpu or browser"
+
+bench-ui: $(VENV)/.made-test $(VENV)/.made-chromium
+	$(PY) benchmarks/ui.py
 
 clean:
 	rm -rf $(VENV) $(ORACLE)

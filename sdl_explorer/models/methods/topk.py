@@ -57,8 +57,8 @@ class BatchTopKSelection(Nonlinearity):
     def average(self, codes: Tensor, rate: float) -> None:
         """Fold a batch's smallest positive value into the threshold; the first batch sets it."""
         smallest = torch.where(codes > 0, codes, torch.inf).amin()
-        rate = torch.where(self.n_averaged == 0, 1.0, rate)
-        moved = self.threshold + rate * (smallest - self.threshold)
+        share = torch.where(self.n_averaged == 0, 1.0, rate)
+        moved = self.threshold + share * (smallest - self.threshold)
         self.threshold.copy_(torch.where(smallest.isfinite(), moved, self.threshold))
         self.n_averaged += smallest.isfinite()
 
