@@ -66,6 +66,10 @@ def open_(
     what: Annotated[
         Path | None, typer.Argument(help="A run folder, a checkpoint, or a file of activations. Nothing: the bundled run.")
     ] = None,
+    activations: Annotated[
+        Path | None,
+        typer.Option(help="Activations for a checkpoint: a file or folder of rows from the place it was trained on."),
+    ] = None,
     port: PortOption = PORT,
     address: AddressOption = ADDRESS,
     show: ShowOption = None,
@@ -73,9 +77,10 @@ def open_(
 ) -> None:
     """Serve the explorer on a run, a checkpoint or activations."""
     with _plain_errors():
-        if what is not None and not what.expanduser().exists():
-            raise FileNotFoundError(f"open: there is nothing at {what}. Give a run folder, a checkpoint or a file of activations.")
-        _serve(what and what.expanduser(), port, address, show, device)
+        for path in filter(None, (what, activations)):
+            if not path.expanduser().exists():
+                raise FileNotFoundError(f"open: there is nothing at {path}. Give a run folder, a checkpoint or a file of activations.")
+        _serve(what and what.expanduser(), port, address, show, device, activations and activations.expanduser())
 
 
 @app.command()
@@ -141,14 +146,14 @@ def _plain_errors():
         raise typer.Exit(1) from error
 
 
-def _serve(what: Path | None, port: int, address: str, show: bool | None, device: str) -> None:
+def _serve(what: Path | None, port: int, address: str, show: bool | None, device: str, activations: Path | None = None) -> None:
     from sdl_explorer.app.serve import serve as serve_app
     from sdl_explorer.doctor import check_port
 
     check = check_port(port, address)
     if not check.ok:
         raise OSError(f"{check.found}; {check.next_step}.")
-    serve_app(what, port=port, address=address, show=_has_display() if show is None else show, device=device)
+    serve_app(what, port=port, address=address, show=_has_display() if show is None else show, device=device, activations=activations)
 
 
 def _has_display() -> bool:

@@ -128,7 +128,7 @@ def test_serve_and_open_hand_over_what_they_are_given(call, serving, tmp_path, m
     assert call("open", tmp_path, "--port", 0, "--show", "--device", "cpu").exit_code == 0
     [(nothing, first), (what, second)] = serving
     assert nothing is None
-    assert first == {"port": 0, "address": "127.0.0.1", "show": False, "device": "auto"}
+    assert first == {"port": 0, "address": "127.0.0.1", "show": False, "device": "auto", "activations": None}
     assert what == tmp_path
     assert (second["show"], second["device"]) == (True, "cpu")
 

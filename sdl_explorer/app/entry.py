@@ -56,7 +56,11 @@ def source_of(what, targets=None) -> Source:
         return what
     if isinstance(what, Activations):
         own = None if what.targets is what.inputs else what.targets
-        return Stored(what.inputs, own, labels=what.labels, examples=what.examples)
+        if what.truth is not None:
+            raise TypeError("explore: these activations carry a truth, which stored rows cannot hold; pass their source itself.")
+        return Stored(
+            what.inputs, own, labels=what.labels, label_names=what.label_names, examples=what.examples, blocks=what.blocks or None
+        )
     if isinstance(what, torch.Tensor | np.ndarray) or _is_path(what):
         return Stored(what, targets)
     raise TypeError(

@@ -29,11 +29,14 @@ _visitors = 0
 _counting = threading.Lock()
 
 
-def serve(what=None, port: int = 5006, address: str = "127.0.0.1", show: bool | None = None, device: str = "auto") -> None:
+def serve(
+    what=None, port: int = 5006, address: str = "127.0.0.1", show: bool | None = None, device: str = "auto", activations=None
+) -> None:
     """Serve the explorer at http://address:port/ until interrupted.
 
-    `what` is anything that `explore` takes; its visitors share one session. None is the bundled trained run, and every
-    visitor gets a copy that is theirs alone. `port=0` takes a free one; `show` opens a browser.
+    `what` is anything that `explore` takes (a checkpoint with its `activations`); its visitors share one session. None is
+    the bundled trained run, and every visitor gets a copy that is theirs alone. `port=0` takes a free one; `show` opens
+    a browser.
     """
     port = port or _free_port(address)
     make = _maker(what, device)
@@ -51,7 +54,7 @@ def _maker(what, device: str) -> Callable:
     """What makes a visitor's page."""
     if what is None:
         return lambda: _visit(lambda: _bundled(device), owned=True)
-    session = session_of(what) if isinstance(what, Session) else session_of(what, device=device)
+    session = session_of(what) if isinstance(what, Session) else session_of(what, activations=activations, device=device)
     return lambda: _visit(lambda: session, owned=False)
 
 
