@@ -96,7 +96,7 @@ def test_rows_are_drawn_in_proportion_to_the_squared_loss():
     state = TrainState.start(dictionary)
     x = torch.diag(torch.tensor([1.0, 2.0, 3.0]).sqrt())
     rows = Activations(x, x)
-    n, counts = 500, torch.zeros(3)
+    n, counts = 300, torch.zeros(3)
     for seed in range(n):
         counts[Resample(latents=[0]).plan(state, rows, torch.Generator().manual_seed(seed)).rows[0].source_row] += 1
         if seed == 0:

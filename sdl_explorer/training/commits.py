@@ -171,9 +171,10 @@ class CommitStore:
 
     def forget(self, commit: Commit) -> None:
         """Remove a commit; its children now follow its parent."""
+        parent = self._commits[commit.id].parent  # which may have moved since `commit` was read
         for child in [c for c in self._commits.values() if c.parent == commit.id]:
             record = self._record(child)
-            record["commit"]["parent"] = commit.parent
+            record["commit"]["parent"] = parent
             write_file(self.folder / child.id / "commit.json", json.dumps(record).encode())
         hidden = self.folder / f".{commit.id}.tmp"
         os.replace(self.folder / commit.id, hidden)  # gone in one piece, whatever happens to the files

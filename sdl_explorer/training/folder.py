@@ -75,7 +75,11 @@ class RunLock:
             self._file.acquire(timeout=0)
         except OSError:  # somebody holds it (filelock.Timeout), or the folder is read-only
             return False
-        self._write()
+        try:
+            self._write()
+        except OSError:
+            self._file.release()
+            raise
         return True
 
     def _beat(self) -> None:
