@@ -207,13 +207,13 @@ class Reader:
         found, rows, latent = self.session.find(find_examples), self.judge_rows(), look.primary_latent
         why = examples_empty(found, look)
         if why is not None:
-            markup = f"<p>{html.escape(why)}</p>"
+            markup = _paragraph(why)
         else:
             around = context_rows(found, rows, latent)
             dictionary = self.session.dictionary
             tints = activations_of(dictionary, rows.to(dictionary.device), latent, around).tolist() if rows.examples is not None else ()
             cards = example_cards(found, rows, latent, dict(zip(around.tolist(), tints, strict=False)))
-            markup = f"<p>{html.escape(examples_reading(found, look))}</p>{cards_html(cards, look)}"
+            markup = _paragraph(examples_reading(found, look)) + cards_html(cards, look)
         self._shown_examples = (latent, markup)
         return markup
 
@@ -263,3 +263,7 @@ class Reader:
             if self.sample.labels is not None:
                 self._anchor_rows[CLASS] = Anchors.from_labels(self.judge_rows())
         return self._anchor_rows
+
+
+def _paragraph(text: str) -> str:
+    return f'<p style="margin:4px 0;font-size:13px">{html.escape(text)}</p>'

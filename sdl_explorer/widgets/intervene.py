@@ -36,7 +36,13 @@ def _button(label: str, name: str, click, **more) -> pmui.Button:
 
 def _paper(title: str, *objects, name: str):
     return pmui.Paper(
-        Text(title, tag="h2"), *objects, elevation=1, sizing_mode="stretch_width", margin=(8, 10), css_classes=["sdlx-card", f"sdlx-{name}"]
+        Text(title, tag="h2"),
+        *objects,
+        elevation=0,
+        variant="outlined",
+        sizing_mode="stretch_width",
+        margin=(8, 10),
+        css_classes=["sdlx-card", f"sdlx-{name}"],
     )
 
 

@@ -26,7 +26,7 @@ class Log(pn.viewable.Viewer):
         self.checkout, self.show = button("Check out", "checkout", self._checkout), button("Show the Python", "python", self._python)
         self._view = pmui.Paper(
             Text("What has happened?", tag="h2"), self.reading, self.table, pmui.Row(self.checkout, self.show, margin=0), self.python,
-            elevation=1, sizing_mode="stretch_width", margin=(8, 10), css_classes=["sdlx-card", "sdlx-card-C5"],
+            elevation=0, variant="outlined", sizing_mode="stretch_width", margin=(8, 10), css_classes=["sdlx-card", "sdlx-card-C5"],
         )  # fmt: skip
 
     def __panel__(self):

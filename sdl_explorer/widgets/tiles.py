@@ -12,7 +12,8 @@ from sdl_explorer.widgets.kit import Html, Text
 
 STYLE = """<style>
 .tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(165px, 1fr)); gap: 10px }
-.tile { font: inherit; color: inherit; background: transparent; text-align: left; padding: 10px 12px; border-radius: 8px; min-height: 92px }
+.tile { font: inherit; color: inherit; background: transparent; text-align: left; padding: 10px 12px; border-radius: 8px;
+  min-height: 92px; display: flex; flex-direction: column; justify-content: flex-start }
 button.tile { cursor: pointer }
 button.tile:hover { background: color-mix(in srgb, currentColor 7%, transparent) }
 .tile:focus-visible { outline: 2px solid currentColor; outline-offset: 2px }
