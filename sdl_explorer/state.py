@@ -222,7 +222,7 @@ def _plain(value):
 
 def matched_feature(latent: int | None, alignment) -> int | None:
     """The true feature that this latent's decoder row points at best; None where there is no truth."""
-    if latent is None or alignment is None:
+    if latent is None or alignment is None or latent >= len(alignment.per_latent.decoder_feature):
         return None
     feature = int(alignment.per_latent.decoder_feature[latent])
     return feature if feature >= 0 else None
@@ -230,7 +230,7 @@ def matched_feature(latent: int | None, alignment) -> int | None:
 
 def matched_latent(feature: int | None, alignment) -> int | None:
     """The latent whose decoder row points best at this true feature."""
-    if feature is None or alignment is None:
+    if feature is None or alignment is None or feature >= len(alignment.decoder_latent):
         return None
     latent = int(alignment.decoder_latent[feature])
     return latent if latent >= 0 else None

@@ -25,6 +25,12 @@ PERIOD = 200  # milliseconds between looks at the session
 IDLE = 10  # looks between two checks whether another process has written
 
 
+def arrived(display) -> bool:
+    """Whether the browser has what a cell displays. Changes sent before that would be lost, or overtake one another."""
+    views = [pn.state._views[ref] for ref in display.root._models if ref in pn.state._views]
+    return all(comm is None or comm._comm is not None for *_, comm in views)
+
+
 class Desk(Reader):
     """Everything on screen is a copy taken at a poll; nothing pushes. Widgets call it `host`."""
 
@@ -72,16 +78,19 @@ class Desk(Reader):
             if self._ticks % IDLE == 0 and not self.session.writable:
                 self.session.version  # noqa: B018 - a follower looks whether the writer has committed
             self.snapshot = self.session.snapshot
-            if self.findings.collect() and not self._pointed:
+            self.findings.collect()
+            if not self._pointed:
                 self._point_at_worst()
-            for display in self._displays:
-                self.findings.want(*display.needs(), self.snapshot)
-            seen = (self.snapshot.version, self.findings.serial, tuple(self.state.param.values().items()), id(self.plan), self.message)
+            displays = [display for display in self._displays if arrived(display)]
+            looks = tuple(self.state.param.values().items())
+            seen = (self.snapshot.version, self.findings.serial, looks, id(self.plan), self.message, len(displays))
             if seen != self._seen:
                 self._seen = seen
                 with pn.io.hold():
-                    for display in self._displays:
+                    for display in displays:
                         display.refresh()
+            for display in displays:
+                self.findings.want(*display.needs(), self.snapshot)
         finally:
             self._lock.release()
 

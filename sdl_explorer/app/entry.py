@@ -9,6 +9,7 @@ from sdl_explorer.data.activations import Activations
 from sdl_explorer.data.sources import Source
 from sdl_explorer.data.store import Stored
 from sdl_explorer.models.dictionary import SparseDictionary
+from sdl_explorer.models.methods import TopK
 from sdl_explorer.registry import members
 from sdl_explorer.session import Session
 
@@ -45,7 +46,15 @@ def session_of(what, dictionary=None, targets=None, activations=None, **settings
             )
     if dictionary is not None and not isinstance(dictionary, SparseDictionary):
         dictionary = SparseDictionary.load(dictionary)
-    return Session(source_of(what, targets), dictionary=dictionary, **settings)
+    source = source_of(what, targets)
+    if dictionary is None and "method" not in settings:
+        settings["method"] = TopK(k=_places(settings.get("n_latents") or 4 * source.width_in))
+    return Session(source, dictionary=dictionary, **settings)
+
+
+def _places(n_latents: int) -> int:
+    """A k that fits small dictionaries too: an eighth of the latents, at most TopK's own default."""
+    return max(1, min(TopK.param.k.default, n_latents // 8))
 
 
 def source_of(what, targets=None) -> Source:

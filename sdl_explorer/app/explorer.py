@@ -199,6 +199,11 @@ class _Alone:
         self.desk, self.page = desk, pages.make(desk, title, visible=True)
         self.page.show(True)
 
+    @property
+    def root(self):
+        """What a browser gets."""
+        return self.page.__panel__()
+
     def needs(self):
         return self.page.needs(self.desk)
 

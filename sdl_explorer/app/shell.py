@@ -93,6 +93,11 @@ class Frame(pn.viewable.Viewer):
         return self.page
 
     @property
+    def root(self):
+        """What a browser gets."""
+        return self.page
+
+    @property
     def shown(self):
         return self.pages[self.host.state.page]
 

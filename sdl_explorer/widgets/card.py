@@ -150,10 +150,11 @@ class Card(pn.viewable.Viewer):
 
 
 def _make(element) -> tuple:
-    """What a plot cannot change in place: its layers, their kinds and labels, and its height."""
-    if isinstance(element, hv.Layout | hv.Overlay):
-        return (type(element).__name__, _height(element), *(_make(part) for part in element))
-    return (type(element).__name__, element.group, element.label, _height(element))
+    """What a plot cannot change in place: its height and the kinds of its layers. Layers of a kind may come and go."""
+    if isinstance(element, hv.Layout):
+        return ("Layout", *(_make(part) for part in element))
+    layers = element if isinstance(element, hv.Overlay) else [element]
+    return (_height(element), type(element).__name__, *sorted({type(layer).__name__ for layer in layers}))
 
 
 def _height(element):
