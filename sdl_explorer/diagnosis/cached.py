@@ -29,23 +29,27 @@ class CachedFindings:
         progress: Callable[[float], None] | None = None,
     ) -> list:
         """The results in order. Each finding gets the settings that it declares, out of `known` (where not
-        None) and `settings`; a setting that none declares raises TypeError. `state` names the weights."""
+        None) and `settings`; a setting that none declares raises TypeError. `state` names the weights and
+        what is known of them; of `known`, the anchors alone can change beside it."""
         unknown = set(settings) - set().union(*(declared_settings(f) for f in findings))
         if unknown:
             raise TypeError(f"find: no finding in {[f.__name__ for f in findings]} takes {sorted(unknown)}.")
         offered = {name: value for name, value in known.items() if value is not None} | settings
         requests = {f: {k: v for k, v in offered.items() if k in declared_settings(f)} for f in findings}
-        keys = {f: (state, f, rows.n, *((k, _token(v)) for k, v in sorted(requests[f].items()))) for f in findings}
-        missing = [f for f in findings if keys[f] not in self._found]
+        told = set(settings) | {"anchors"}
+        keys = {f: (state, f, rows.n, *((k, _token(v)) for k, v in sorted(requests[f].items()) if k in told)) for f in findings}
+        with self._guard:
+            found = {f: self._found[keys[f]] for f in findings if keys[f] in self._found}
+        missing = [f for f in findings if f not in found]
         if missing:
             results = observe(dictionary, rows.to(dictionary.device), [(f, requests[f]) for f in missing], progress=progress)
-            with self._guard:  # a request is kept with its result, so that an id in a key is not used again meanwhile
-                self._found |= {keys[f]: (result, requests[f]) for f, result in zip(missing, results, strict=True)}
-        with self._guard:
-            results = [self._found[keys[f]][0] for f in findings]
-            for old in list(self._found)[:-KEPT]:
-                del self._found[old]
-        return results
+            # a request is kept with its result, so that an id in a key is not used again meanwhile
+            found |= {f: (result, requests[f]) for f, result in zip(missing, results, strict=True)}
+            with self._guard:
+                self._found |= {keys[f]: found[f] for f in missing}
+                for old in list(self._found)[:-KEPT]:
+                    del self._found[old]
+        return [found[f][0] for f in findings]
 
 
 def _token(value: Any) -> Hashable:

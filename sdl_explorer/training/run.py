@@ -223,7 +223,7 @@ class Run:
         history = self.recorder.history()
         ago, total = self.state.step - history.steps, history.losses["total"]
         recent, former = total[ago <= COMMIT_EVERY], total[(ago > COMMIT_EVERY) & (ago <= 2 * COMMIT_EVERY)]
-        return len(former) > 0 and abs(recent.mean() - former.mean()) < 1e-4 * abs(former.mean())
+        return len(former) > 0 and bool(abs(recent.mean() - former.mean()) < 1e-4 * abs(former.mean()))
 
 
 def method_of(settings: dict[str, Any]) -> Method:
