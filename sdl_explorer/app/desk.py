@@ -25,12 +25,6 @@ PERIOD = 200  # milliseconds between looks at the session
 IDLE = 10  # looks between two checks whether another process has written
 
 
-def arrived(display) -> bool:
-    """Whether the browser has what a cell displays. Changes sent before that would be lost, or overtake one another."""
-    views = [pn.state._views[ref] for ref in display.root._models if ref in pn.state._views]
-    return all(comm is None or comm._comm is not None for *_, comm in views)
-
-
 class Desk(Reader):
     """Everything on screen is a copy taken at a poll; nothing pushes. Widgets call it `host`."""
 
@@ -81,7 +75,7 @@ class Desk(Reader):
             self.findings.collect()
             if not self._pointed:
                 self._point_at_worst()
-            displays = [display for display in self._displays if arrived(display)]
+            displays = [display for display in self._displays if display.arrival.there]
             looks = tuple(self.state.param.values().items())
             seen = (self.snapshot.version, self.findings.serial, looks, id(self.plan), self.message, len(displays))
             if seen != self._seen:

@@ -17,6 +17,7 @@ from sdl_explorer.session import Session
 from sdl_explorer.state import ExplorerState
 from sdl_explorer.views.look import Look
 from sdl_explorer.views.truth_table import truth_table
+from sdl_explorer.widgets.arrival import Arrival
 from sdl_explorer.widgets.log import log_table
 
 
@@ -185,7 +186,7 @@ class Sheet(pn.viewable.Viewer):
     def __panel__(self):
         display = _Alone(self.desk, self.title)
         self.desk.show(display)
-        return display.page
+        return pn.Column(display.page, display.arrival, sizing_mode="stretch_width", margin=0)
 
     def _repr_mimebundle_(self, include=None, exclude=None):
         extension()
@@ -196,13 +197,8 @@ class _Alone:
     """Keeps one page up to date whichever page the state has in front."""
 
     def __init__(self, desk: Desk, title: str):
-        self.desk, self.page = desk, pages.make(desk, title, visible=True)
+        self.desk, self.page, self.arrival = desk, pages.make(desk, title, visible=True), Arrival()
         self.page.show(True)
-
-    @property
-    def root(self):
-        """What a browser gets."""
-        return self.page.__panel__()
 
     def needs(self):
         return self.page.needs(self.desk)

@@ -6,6 +6,7 @@ import panel_material_ui as pmui
 from sdl_explorer.app import pages
 from sdl_explorer.state import PAGES
 from sdl_explorer.views.words import NO_TRUTH
+from sdl_explorer.widgets.arrival import Arrival
 from sdl_explorer.widgets.filters import FilterChips
 from sdl_explorer.widgets.inspector import Inspector
 from sdl_explorer.widgets.kit import Keys, PageTabs, Text
@@ -39,7 +40,7 @@ class Frame(pn.viewable.Viewer):
         self.undo = self._button("⟲ Undo", "undo", lambda event: self._step(host.state.undo), description=UNDO)
         self.redo = self._button("⟳ Redo", "redo", lambda event: self._step(host.state.redo), description=UNDO)
         self.question = self._button("? Help", "help", lambda event: self._toggle_help())
-        self.keys = Keys(self._key, active=host.state.keyboard)
+        self.keys, self.arrival = Keys(self._key, active=host.state.keyboard), Arrival()
         served = pn.state.curdoc is not None and bool(pn.state.curdoc.session_context)
         content = pmui.Column(
             *self.pages.values(), sizing_mode="stretch_both" if served else "stretch_width", scroll="y" if served else False, margin=0
@@ -68,6 +69,7 @@ class Frame(pn.viewable.Viewer):
                     self.timeline,
                     self.run_bar,
                     self.keys,
+                    self.arrival,
                     sizing_mode="stretch_both" if served else "stretch_width",
                     margin=0,
                 )
@@ -90,11 +92,6 @@ class Frame(pn.viewable.Viewer):
         )
 
     def __panel__(self):
-        return self.page
-
-    @property
-    def root(self):
-        """What a browser gets."""
         return self.page
 
     @property
