@@ -12,9 +12,10 @@ PY = $(VENV)/bin/python
 PIP = $(PY) -m pip install -q --disable-pip-version-check
 PYTEST = $(PY) -m pytest
 TORCH = torch==2.13.0
+LONG = slow or browser or notebook
 SUDO = $(shell test "$$(id -u)" = 0 || echo sudo)
 
-.PHONY: app test check lint types oracle real gpu-check bench-ui clean
+.PHONY: app test check lint types unit oracle real gpu-check bench-ui clean
 .DELETE_ON_ERROR:
 # One thing at a time: the tests of a machine with two cores would slow each other past their limits
 .NOTPARALLEL:
@@ -22,11 +23,13 @@ SUDO = $(shell test "$$(id -u)" = 0 || echo sudo)
 app: $(VENV)/.made-app
 	@$(VENV)/bin/sdl-explorer serve --port $(PORT)
 
-test: lint types oracle $(VENV)/.made-chromium
-	$(PYTEST)
+test: lint types oracle unit $(VENV)/.made-chromium
+	$(PYTEST) -m "$(LONG)"
 
-check: lint types
-	$(PYTEST) -q -m "not slow and not browser and not notebook" --ignore=tests/browser
+check: lint types unit
+
+unit: $(VENV)/.made-test
+	$(PYTEST) -q -n auto -m "not ($(LONG))" --ignore=tests/browser
 
 lint: $(VENV)/.made-test
 	$(PY) -m ruff check .

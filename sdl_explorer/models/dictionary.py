@@ -251,7 +251,7 @@ def _matrix(name: str, value) -> Tensor:
     value = value if isinstance(value, Tensor) else torch.as_tensor(value)
     if value.ndim != 2 or not value.is_floating_point():
         raise ValueError(
-            f"SparseDictionary: {name} is {value.dtype} of shape {tuple(value.shape)}; it must be a float matrix, one row per latent."
+            f"SparseDictionary: {name} is {value.dtype} of shape {tuple(value.shape)}; give a floating-point matrix, a row per latent."
         )
     return value
 
