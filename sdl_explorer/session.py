@@ -146,7 +146,7 @@ class Session(param.Parameterized):
         self._guard = threading.RLock()
         self._starting = threading.Lock()
         self._publishing = threading.Lock()
-        self._head_seen = 0
+        self._head_seen = b""
         self.snapshot = Snapshot(n_latents=self.n_latents)
 
     # facts ---------------------------------------------------------------------------------------------------------
@@ -527,8 +527,8 @@ class Session(param.Parameterized):
             self._check_out()  # the writer went on meanwhile, and thinned that commit
         self._show_settings()
 
-    def _head_written(self) -> int:
-        return (self.folder / "head.json").stat().st_mtime_ns
+    def _head_written(self) -> bytes:
+        return (self.folder / "head.json").read_bytes()
 
     def _follow(self) -> None:
         """A follower looks whether the writer has committed."""

@@ -16,6 +16,13 @@ SOURCE = LinearBench(n_features=8, d_in=8, sparsity=0.7, interference="bounded",
 FEATURES = SOURCE.sample(1, torch.Generator()).truth.input_features
 
 
+@pytest.fixture(autouse=True)
+def _few_rows(monkeypatch):
+    monkeypatch.setattr("sdl_explorer.training.run.CHOOSE_ROWS", 500)
+    monkeypatch.setattr("sdl_explorer.session.CHOOSE_ROWS", 500)
+    monkeypatch.setattr("sdl_explorer.session.JUDGE_ROWS", 500)
+
+
 @pytest.fixture
 def make():
     made = []
@@ -55,7 +62,7 @@ def test_arms_share_seed_and_data_order_and_the_treated_one_is_training_after_it
             twin._order = pair + 1
             twin.train(10)
             with twin:
-                assert twin.find(check_health).mse == getattr(control, arm)["mse"][pair], (arm, pair)
+                assert twin.find(check_health, n=500).mse == getattr(control, arm)["mse"][pair], (arm, pair)
     assert (control.sham["mse"] != control.treated["mse"]).all()
     assert len(set(control.untreated["mse"])) == 2, "pairs differ in the order of the data"
     assert control.intervention == "resample" and control.n_steps == 10 and control.n == 2

@@ -120,7 +120,7 @@ def test_parameters_with_a_row_per_latent_are_known():
         ((torch.zeros(3, 2), torch.zeros(4, 2)), "W_enc has 3 rows and W_dec 4"),
         ((torch.zeros(0, 2), torch.zeros(0, 2)), "n_latents is 0"),
         ((torch.zeros(3), torch.zeros(3, 2)), "W_enc is .* of shape"),
-        ((torch.zeros(3, 2, dtype=torch.long), torch.zeros(3, 2)), "floating-point matrix"),
+        ((torch.zeros(3, 2, dtype=torch.long), torch.zeros(3, 2)), "W_enc is torch.int64 of shape"),
         ((torch.zeros(3, 2), torch.zeros(3, 2), torch.zeros(2)), "b_enc has shape"),
         ((torch.zeros(3, 2), torch.zeros(3, 4), None, torch.zeros(2)), "b_dec has shape"),
     ],

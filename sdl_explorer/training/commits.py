@@ -127,7 +127,6 @@ class CommitStore:
 
         replace_directory(self.folder / commit.id, fill)
         self._commits[commit.id] = commit
-        self._thin_moments()
         return commit
 
     def settings(self, commit: Commit) -> dict[str, Any]:
@@ -193,8 +192,8 @@ class CommitStore:
         orders = [_read_record(path)["order"] for path in self.folder.glob("[!.]*/commit.json")]
         return max(orders, default=-1) + 1
 
-    def _thin_moments(self) -> None:
-        """Only the newest automatic commit keeps moments."""
+    def thin(self) -> None:
+        """Only the newest automatic commit keeps moments. For the writer, once that one is the head: a follower reads the head."""
         for commit in self._automatic()[:-1]:
             (self.folder / commit.id / "training.safetensors").unlink(missing_ok=True)
 

@@ -100,6 +100,7 @@ class Run:
         except OSError:
             self.store.forget(commit)
             raise
+        self.store.thin()
         return commit
 
     def take_settings(self, changed: dict[str, Any]) -> None:
