@@ -3,6 +3,7 @@
 import asyncio
 import gc
 import threading
+import time
 import weakref
 
 import numpy as np
@@ -263,6 +264,10 @@ def test_divergence_pauses_and_offers_the_last_finite_commit(explorer):
     with pytest.raises(Diverged):
         session.train(200)
     explorer.desk.poll()
+    while explorer.desk.findings.busy:
+        time.sleep(0.02)
+        explorer.desk.poll()
+    assert card(frame, "A2").words.text == f"Not a number at step {session.snapshot.diverged.step}. [Go to last finite commit]"
     bar = frame.run_bar
     assert bar.alert.text.startswith("Diverged at step ")
     assert bar.repair.visible
@@ -283,7 +288,7 @@ def test_one_failing_card_leaves_the_others(explorer, monkeypatch):
 
     monkeypatch.setattr(first.view, "draw", fail)
     explorer.selection = (1,)
-    assert "Not a number" in first.words.text
+    assert first.words.text == "Not a number at step 30. [Go to last finite commit]"
     assert all(not one.words.visible for one in others)
 
 

@@ -1,6 +1,7 @@
 """What is known about the model right now: findings computed off the event loop, one job at a time, and how old they are."""
 
 import itertools
+import logging
 import threading
 import time
 from collections import OrderedDict
@@ -9,6 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
 
+log = logging.getLogger(__name__)
 WORKER = "sdlx-findings"
 KEPT = 32  # answers to `ask`
 REST = 2.0  # while training, pause this many times as long as the last job took
@@ -69,14 +71,19 @@ class Findings:
         self._job = self._pool.submit(self._compute, stale, missing)
 
     def ask(self, key: tuple, compute: Callable[[], Any], default=None):
-        """The value under this key, computed once beside the event loop; `default` until it is there."""
+        """The value under this key, computed once beside the event loop; `default` until it is there, or where that failed."""
         if key not in self._asked:
             self._asked[key] = self._pool.submit(compute)
             self._waiting.add(key)
             while len(self._asked) > KEPT:
                 self._waiting.discard(self._asked.popitem(last=False)[0])
         future = self._asked[key]
-        return future.result() if future.done() else default
+        if not future.done():
+            return default
+        if future.exception() is not None:
+            log.warning("%s: %s", key[0], future.exception())
+            return default
+        return future.result()
 
     def collect(self) -> bool:
         """True when something has arrived since the last call."""

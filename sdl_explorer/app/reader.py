@@ -204,18 +204,22 @@ class Reader:
         return self.findings.ask(("examples", health.serial, look), lambda: self._examples(look), default=shown)
 
     def _examples(self, look: Look) -> str:
+        try:
+            markup = self._example_markup(look)
+        except (ValueError, OSError) as error:  # weights that are not finite, data that is gone
+            return _paragraph(failure(error))
+        self._shown_examples = (look.primary_latent, markup)
+        return markup
+
+    def _example_markup(self, look: Look) -> str:
         found, rows, latent = self.session.find(find_examples), self.judge_rows(), look.primary_latent
         why = examples_empty(found, look)
         if why is not None:
-            markup = _paragraph(why)
-        else:
-            around = context_rows(found, rows, latent)
-            dictionary = self.session.dictionary
-            tints = activations_of(dictionary, rows.to(dictionary.device), latent, around).tolist() if rows.examples is not None else ()
-            cards = example_cards(found, rows, latent, dict(zip(around.tolist(), tints, strict=False)))
-            markup = _paragraph(examples_reading(found, look)) + cards_html(cards, look)
-        self._shown_examples = (latent, markup)
-        return markup
+            return _paragraph(why)
+        dictionary, around = self.session.dictionary, context_rows(found, rows, latent)
+        tints = activations_of(dictionary, rows.to(dictionary.device), latent, around).tolist() if rows.examples is not None else ()
+        cards = example_cards(found, rows, latent, dict(zip(around.tolist(), tints, strict=False)))
+        return _paragraph(examples_reading(found, look)) + cards_html(cards, look)
 
     def name_of_run(self) -> str:
         name = self.session.folder.name if self.session.folder is not None else type(self.session.source).__name__

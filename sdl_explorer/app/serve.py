@@ -1,5 +1,6 @@
 """The served app: every visitor has a session of their own, bounded, and cleaned up when they leave."""
 
+import atexit
 import logging
 import shutil
 import socket
@@ -25,7 +26,7 @@ VISITOR_BYTES = 200_000_000  # of commits
 E1 = "Load a model, or start from one of 0 examples. None is bundled with this installation; `sdl-explorer open PATH` shows your own."
 FULL = f"{MOST_VISITORS} visitors are here already, which is the limit of this server. Try again in a few minutes."
 
-_visitors = 0
+_guests: list[list[Session]] = []  # for each visitor the sessions that are theirs alone
 _counting = threading.Lock()
 
 
@@ -39,18 +40,18 @@ def serve(
     a browser.
     """
     port = port or _free_port(address)
-    make = _maker(what, device)
+    make = _maker(what, device, activations)
     print(f"SDL Explorer at http://{address}:{port}/ (stop with Ctrl+C)", flush=True)
     _serve(make, "/", port, address, bool(show), threaded=False)
 
 
-def start(what=None, port: int = 0, address: str = "127.0.0.1", device: str = "auto"):
-    """The same in a thread: (server, address). `server.stop()` ends it."""
+def start(what=None, port: int = 0, address: str = "127.0.0.1", device: str = "auto", **options):
+    """The same in a thread: (server, address). `server.stop()` ends it; `options` are Bokeh's."""
     port = port or _free_port(address)
-    return _serve(_maker(what, device), "/", port, address, show=False, threaded=True), f"http://{address}:{port}/"
+    return _serve(_maker(what, device), "/", port, address, show=False, threaded=True, **options), f"http://{address}:{port}/"
 
 
-def _maker(what, device: str) -> Callable:
+def _maker(what, device: str, activations=None) -> Callable:
     """What makes a visitor's page."""
     if what is None:
         return lambda: _visit(lambda: _bundled(device), owned=True)
@@ -86,49 +87,64 @@ def _extension() -> None:
 
 def _visit(open_session: Callable[[], Session], owned: bool, state: ExplorerState | None = None):
     """One visitor's page. What it holds is let go when the visitor leaves."""
-    global _visitors
     _extension()
-    with _counting:
-        if _visitors >= MOST_VISITORS:
-            return Text(FULL, role="alert")
-        _visitors += 1
+    guest = _arrive()
+    if guest is None:
+        return Text(FULL, role="alert")
     try:
         session = open_session()
+        if owned:
+            guest.append(session)
         explorer = Explorer(session, state)
         explorer.desk.most_steps = MOST_STEPS if owned else None
         page = explorer.__panel__().__panel__()
     except Exception as error:  # the page says why; it is never blank
         log.exception("a visitor's page")
-        _leave()
+        _leave(guest)
         return Text(failure(error), role="alert")
-    pn.state.on_session_destroyed(_goodbye(explorer, page, owned))
+    pn.state.on_session_destroyed(_goodbye(explorer, page, guest))
     return page
 
 
-def _goodbye(explorer: Explorer, page, owned: bool) -> Callable:
+def _goodbye(explorer: Explorer, page, guest: list[Session]) -> Callable:
     """The hook lives in a module: globals of a served script are gone when it runs."""
 
     def hook(session_context):
         release_refs(page)
         explorer.close()
-        _leave()
-        if owned:  # closing waits for the step in progress, the event loop must not
-            threading.Thread(target=_discard, args=(explorer.session,), name="sdlx-goodbye").start()
+        threading.Thread(target=_leave, args=(guest,), name="sdlx-goodbye").start()  # closing waits for the step in progress
 
     return hook
 
 
-def _leave() -> None:
-    global _visitors
+def visitors() -> int:
+    """How many are here."""
+    return len(_guests)
+
+
+def _arrive() -> list[Session] | None:
+    """A new guest's list of own sessions; None when the house is full."""
     with _counting:
-        _visitors -= 1
+        if len(_guests) >= MOST_VISITORS:
+            return None
+        _guests.append([])
+        return _guests[-1]
 
 
-def _discard(session: Session) -> None:
-    folder = session.folder
-    session.close()
-    if folder is not None:
-        shutil.rmtree(folder.parent, ignore_errors=True)
+def _leave(guest: list[Session]) -> None:
+    with _counting:
+        _guests[:] = [one for one in _guests if one is not guest]
+    for session in guest:
+        folder = session.folder
+        session.close()
+        if folder is not None:
+            shutil.rmtree(folder.parent, ignore_errors=True)
+
+
+@atexit.register
+def _close_the_house() -> None:
+    for guest in list(_guests):
+        _leave(guest)
 
 
 def _bundled(device: str) -> Session:

@@ -1,5 +1,7 @@
 """The frame: app bar, left rail, pages, inspector, run bar."""
 
+import logging
+
 import panel as pn
 import panel_material_ui as pmui
 
@@ -14,6 +16,7 @@ from sdl_explorer.widgets.run_bar import RunBar
 from sdl_explorer.widgets.settings import Settings
 from sdl_explorer.widgets.timeline import Timeline
 
+log = logging.getLogger(__name__)
 UNDO = "Undoes what you see. To undo a change to the model, use the timeline."
 HELP = """Space plays and pauses · . one step · Shift+. the chosen number of steps · ← → previous and next latent · 1 to 4 pages
 / search a latent · A anchor the primary · R preview a resample · T tables · Esc close, then clear · Ctrl+Z undoes what you see
@@ -116,7 +119,11 @@ class Frame(pn.viewable.Viewer):
         self.banner.visible = not host.has_truth and state.page == "Alignment"
         self.page.dark_theme = state.theme == "dark"
         for part in (self.run_bar, self.timeline, self.settings, self.filters, self.inspector, self.shown):
-            part.refresh()
+            try:
+                part.refresh()
+            except Exception as error:  # one part fails, the frame stays, and says so
+                log.exception("refresh of %s", type(part).__name__)
+                self.message.text, self.message.visible = f"{type(part).__name__}: {host.failure(error)}", True
         self.keys.active = state.keyboard and not snapshot.stopping
 
     def _turn(self, page: str) -> None:

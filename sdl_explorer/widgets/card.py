@@ -7,7 +7,7 @@ import panel as pn
 import panel_material_ui as pmui
 
 from sdl_explorer.views.view import View
-from sdl_explorer.views.words import count
+from sdl_explorer.views.words import count, not_finite
 from sdl_explorer.widgets.kit import CardMenu, Text
 from sdl_explorer.widgets.selection import PlotLink
 from sdl_explorer.widgets.table_twin import TableTwin
@@ -60,6 +60,7 @@ class Card(pn.viewable.Viewer):
         if self._drawn is not None and self._drawn == (found.key, look, twin):
             return
         if found.pending and self._kept is None:
+            self.stamp.text = "Being computed…"
             return  # the skeleton stands: title and stamp
         if not found.pending:
             self._kept = found
@@ -68,11 +69,12 @@ class Card(pn.viewable.Viewer):
             self._fill(self._kept, look, twin)
         except Exception as error:  # one card fails, the page stays
             log.exception("card %s", self.view.id)
-            self._say(self.host.failure(error))
+            self._say(not_finite(self.host.snapshot.step) if isinstance(error, FloatingPointError) else self.host.failure(error))
 
     def _fill(self, found, look, twin: bool) -> None:
+        diverged = self.host.snapshot.diverged
         if found.error is not None:
-            self._say(self.host.failure(found.error))
+            self._say(self.host.failure(found.error) if diverged is None else not_finite(diverged.step))
             return
         why = self.view.empty(*found.values, look)
         if why is not None:

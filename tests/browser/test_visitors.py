@@ -1,0 +1,54 @@
+"""Several visitors of one server: nobody stops another's run, and nothing stays behind when they leave."""
+
+import re
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+from playwright.sync_api import Page, expect
+
+pytestmark = [pytest.mark.timeout(300), pytest.mark.filterwarnings("ignore::pandas.errors.Pandas4Warning")]  # bokeh 3.9 on pandas 3.1
+SLOW = 60_000  # milliseconds; the machine may be shared
+
+
+@pytest.fixture(scope="module")
+def forgetful():
+    """A server that notices at once when a visitor has gone."""
+    from sdl_explorer.app.serve import start
+
+    server, address = start(None, unused_session_lifetime_milliseconds=8_000, check_unused_sessions_milliseconds=500)
+    yield address
+    server.stop()
+
+
+def step(page: Page) -> int:
+    line = page.locator(".sdlx-status .sdlx-line").first.inner_text()
+    return int(re.search(r"step (\d[\d ]*)", line).group(1).replace(" ", ""))
+
+
+def test_two_visitors_and_nothing_left(open_page, forgetful: str):
+    from sdl_explorer.app.serve import visitors
+
+    folders = set(Path(tempfile.gettempdir()).glob("sdl-explorer-*/first_look"))
+    one, two = open_page(), open_page()
+    for page in (one, two):
+        page.goto(forgetful)
+        expect(page.locator(".sdlx-status")).to_contain_text("step", timeout=SLOW)
+    assert visitors() == 2
+    at = step(two)
+    one.locator(".sdlx-play").get_by_role("button").click()
+    expect(one.locator(".sdlx-live")).to_have_text("● live", timeout=SLOW)
+    two.locator(".sdlx-one-step").get_by_role("button").click()
+    expect(two.locator(".sdlx-status")).to_contain_text(f"step {at + 1:,}".replace(",", " "), timeout=SLOW)
+    expect(two.locator(".sdlx-live")).to_have_text("○ paused", timeout=SLOW)
+    assert one.locator(".sdlx-live .sdlx-line").inner_text() == "● live"
+
+    one.close()  # in the middle of training
+    two.close()
+    end = time.monotonic() + 60
+    while time.monotonic() < end and visitors():
+        time.sleep(0.2)
+    assert visitors() == 0
+    time.sleep(1)
+    assert set(Path(tempfile.gettempdir()).glob("sdl-explorer-*/first_look")) <= folders
