@@ -12,6 +12,7 @@ from torch import nn
 
 from sdl_explorer.data.activations import Block
 from sdl_explorer.data.capture import capture
+from sdl_explorer.data.feeds import _pieces
 from sdl_explorer.data.minilm import SHA256, check_weights, count_tokens, installed_weights, load_minilm, python_reference, split_paragraphs
 from sdl_explorer.data.sources import PARTS, stream
 from sdl_explorer.data.store import Stored
@@ -119,6 +120,27 @@ def test_the_model_is_left_as_it_was():
         capture(model, inputs(), "first")
     assert model.training
     assert not any(m._forward_hooks for m in model.modules())
+
+
+def test_pieces_read_like_the_sentence_they_come_from():
+    class Marked(Tokens):
+        """Raw tokens as WordPiece or SentencePiece write them; decoding one alone loses its space."""
+
+        def __init__(self, raw):
+            self.raw = raw
+
+        def convert_ids_to_tokens(self, ids):
+            return [self.raw[i] for i in ids]
+
+        def get_vocab(self):
+            return {token: i for i, token in enumerate(self.raw)}
+
+        def decode(self, ids):
+            return "".join(self.raw[i].replace("\u2581", "") for i in ids)
+
+    written = lambda raw, ids: "".join(_pieces(Marked(raw), ids)[i] for i in ids)
+    assert written(["[PAD]", "[CLS]", "[SEP]", "im", "##mutable", "objects"], [3, 4, 5]) == " immutable objects"
+    assert written(["[PAD]", "[CLS]", "[SEP]", "\u2581im", "mutable", "\u2581objects"], [3, 4, 5]) == " immutable objects"
 
 
 def test_tokens_come_with_their_context_and_label(tmp_path):

@@ -127,9 +127,26 @@ def _described(encoded: Mapping, tokenizer) -> Ready:
     ids = encoded["input_ids"]
     real = encoded["attention_mask"].bool() if "attention_mask" in encoded else torch.ones_like(ids, dtype=torch.bool)
     special = torch.isin(ids, torch.tensor(_special_ids(tokenizer), dtype=ids.dtype))
-    names = {i: tokenizer.decode([i]) for i in ids[real].unique().tolist()}
+    names = _pieces(tokenizer, ids[real].unique().tolist())
     pieces = tuple(tuple(names[i] for i in row[mask].tolist()) for row, mask in zip(ids, real, strict=True))
     return Ready(dict(encoded), pieces=pieces, real=real, special=special)
+
+
+def _pieces(tokenizer, ids: list[int]) -> dict[int, str]:
+    """The text of each token as it stands in a sentence: with a space before it where a new word begins."""
+    if not hasattr(tokenizer, "convert_ids_to_tokens"):
+        return {i: tokenizer.decode([i]) for i in ids}
+    vocabulary = dict(zip(ids, tokenizer.convert_ids_to_tokens(ids), strict=True))
+    special = set(tokenizer.all_special_ids)
+    word_pieces = any(str(token).startswith("##") for token in tokenizer.get_vocab())
+
+    def piece(i: int) -> str:
+        raw, text = str(vocabulary[i]), tokenizer.decode([i])
+        if word_pieces and i not in special:
+            return raw[2:] if raw.startswith("##") else f" {text}"
+        return f" {text.lstrip()}" if raw.startswith("\u2581") else text
+
+    return {i: piece(i) for i in ids}
 
 
 def _special_ids(tokenizer) -> list[int]:
