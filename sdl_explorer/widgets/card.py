@@ -1,11 +1,13 @@
 """A card answers one question: a sentence, a plot, its table, and words when there is nothing to draw."""
 
 import logging
+from dataclasses import fields
 
 import holoviews as hv
 import panel as pn
 import panel_material_ui as pmui
 
+from sdl_explorer.views.look import Look
 from sdl_explorer.views.view import View
 from sdl_explorer.views.words import count, not_finite
 from sdl_explorer.widgets.kit import CardMenu, Text
@@ -13,6 +15,23 @@ from sdl_explorer.widgets.selection import PlotLink
 from sdl_explorer.widgets.table_twin import TableTwin
 
 log = logging.getLogger(__name__)
+FIELDS = {field.name for field in fields(Look)}
+
+
+class WatchedLook(Look):
+    """A look that remembers which of its fields were read."""
+
+    @classmethod
+    def of(cls, look: Look) -> "WatchedLook":
+        watched = cls(**{field.name: getattr(look, field.name) for field in fields(look)})
+        object.__setattr__(watched, "reads", {"theme"})
+        return watched
+
+    def __getattribute__(self, name: str):
+        value = object.__getattribute__(self, name)
+        if name in FIELDS and "reads" in object.__getattribute__(self, "__dict__"):
+            self.reads.add(name)
+        return value
 
 
 class Card(pn.viewable.Viewer):
@@ -21,13 +40,14 @@ class Card(pn.viewable.Viewer):
     def __init__(self, host, view: View):
         super().__init__()
         self.host, self.view = host, view
-        self._drawn = self._element = self._kept = self._made = None
+        self._drawn = self._element = self._kept = self._made = self._frame = None
         self.reading = Text("", role="status", css_classes=["sdlx-reading"])
         self.stamp = Text("Waiting for the first numbers.", tone="quiet", css_classes=["sdlx-stamp"])
         self.words = Text("", visible=False, css_classes=["sdlx-words"])
         self.about = Text("", tone="quiet", visible=False)
         self.menu = CardMenu(self._act, label=view.question)
         self._link = PlotLink(host)
+        self._reads: set[str] = set()
         self._redraw = None
         self._plot = pmui.Column(sizing_mode="stretch_width", margin=0)
         self._table = pmui.Column(sizing_mode="stretch_width", visible=False, margin=(0, 10))
@@ -57,19 +77,25 @@ class Card(pn.viewable.Viewer):
         look = self.host.look()
         twin = self.view.id in self.host.state.twins
         self._stamp(found)
-        if self._drawn is not None and self._drawn == (found.key, look, twin):
+        if self._drawn is not None and self._drawn == (found.key, twin, self._read_of(look)):
             return
         if found.pending and self._kept is None:
             self.stamp.text = "Being computed…"
             return  # the skeleton stands: title and stamp
         if not found.pending:
             self._kept = found
-        self._drawn = (found.key, look, twin)
+        watched = WatchedLook.of(look)
         try:
-            self._fill(self._kept, look, twin)
+            self._fill(self._kept, watched, twin)
         except Exception as error:  # one card fails, the page stays
             log.exception("card %s", self.view.id)
             self._say(not_finite(self.host.snapshot.step) if isinstance(error, FloatingPointError) else self.host.failure(error))
+        self._reads = watched.reads
+        self._drawn = (found.key, twin, self._read_of(look))
+
+    def _read_of(self, look: Look) -> tuple:
+        """What the view read of the look the last time it drew: a curve that knows no selection is not drawn for one."""
+        return tuple((name, getattr(look, name)) for name in sorted(self._reads))
 
     def _fill(self, found, look, twin: bool) -> None:
         diverged = self.host.snapshot.diverged
@@ -109,7 +135,11 @@ class Card(pn.viewable.Viewer):
             if self._twin is None:
                 self._twin = TableTwin(self.host, f"Table: {self.view.question}")
                 self._table.append(self._twin)
-            self._twin.show(self.view.table(*found.values, look))
+            frame = self.view.table(*found.values, look)
+            if self._frame is None or not frame.equals(self._frame):
+                self._frame = frame
+                self._twin.show(frame)
+            self._twin.sync()
         self._table.visible = twin
 
     def _say(self, why: str) -> None:

@@ -10,6 +10,7 @@ from sdl_explorer.widgets.kit import Text
 
 CHOICES = (1, 50, 500, 2_000, 5_000)
 ENDLESS = 1_000_000
+AT_ONCE = "if (play.data.label.includes('Stop')) { play.data.label = 'Stopping…' }"  # before the server hears of it
 
 
 def say_rate(snapshot) -> str:
@@ -46,6 +47,7 @@ class RunBar(pn.viewable.Viewer):
         )
         self.restart = button("↺ Restart", "restart", self._restart)
         self.play = button("▶ Play", "play", self.toggle)
+        self.play.js_on_click(args={"play": self.play}, code=AT_ONCE)
         self.one = button("▶| 1 step", "one-step", self.step_once)
         self.train = button("▸▸ Train 500 steps", "train", self.train_on, variant="contained")
         self.count = pmui.Select(
