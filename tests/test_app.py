@@ -316,6 +316,21 @@ def test_settings_wait_for_apply_and_follow_a_cell(explorer):
     assert field.value == 2e-3
 
 
+def test_a_new_run_starts_untrained_and_leaves_the_old_one(explorer):
+    frame = shown(explorer)
+    old, step = explorer.session, explorer.session.step
+    form = frame.settings.new_run
+    form.n_latents.value, form.seed.value = 40, 7
+    press(form._start)
+    assert (explorer.session.n_latents, explorer.session.seed, explorer.session.step) == (40, 7, 0)
+    assert explorer.session.method.k == old.method.k
+    assert old.step == step
+    assert explorer.state.n_latents == 40
+    explorer.desk.settle()
+    assert frame.run_bar.alert.text == "Nothing trained yet. [▸▸ Train 500 steps]"
+    assert frame.title.text.startswith("HierarchyBench")
+
+
 def test_restoring_a_saved_view(explorer):
     explorer.selection = (4,)
     explorer.state.tau = 0.7

@@ -37,6 +37,7 @@ class Desk(Reader):
         self._pointed = self.state.primary_latent is not None
         self._ticks = 0
         self.message, self.tone = "", "normal"
+        self.own: list = []  # sessions that were started here, and end here
         self.most_steps: int | None = None  # a press of Play or Train; None: no limit
         session.pulses.append(self._pulse)
 
@@ -52,7 +53,7 @@ class Desk(Reader):
         self.poll()
 
     def close(self) -> None:
-        """Stop polling and let go of the session, which stays open."""
+        """Stop polling and let go of the session, which stays open; those started here end."""
         if self._timer is not None and self._timer.running:
             self._timer.stop()
         if self._pulse in self.session.pulses:
@@ -60,6 +61,8 @@ class Desk(Reader):
         self._displays.clear()
         self.findings.close()
         self._commands.shutdown(wait=False, cancel_futures=True)
+        if self.own:  # closing waits for the step in progress, the event loop must not
+            threading.Thread(target=lambda: [session.close() for session in self.own], name="sdlx-close").start()
 
     # polling -------------------------------------------------------------------------------------------------------
 

@@ -15,6 +15,7 @@ from sdl_explorer.widgets.selection import PlotLink
 from sdl_explorer.widgets.table_twin import TableTwin
 
 log = logging.getLogger(__name__)
+SELECTION = {"selected_latents", "selected_features"}
 FIELDS = {field.name for field in fields(Look)}
 
 
@@ -95,7 +96,8 @@ class Card(pn.viewable.Viewer):
 
     def _read_of(self, look: Look) -> tuple:
         """What the view read of the look the last time it drew: a curve that knows no selection is not drawn for one."""
-        return tuple((name, getattr(look, name)) for name in sorted(self._reads))
+        names = self._reads | (SELECTION if self._link.linked else set())
+        return tuple((name, getattr(look, name)) for name in sorted(names))
 
     def _fill(self, found, look, twin: bool) -> None:
         diverged = self.host.snapshot.diverged

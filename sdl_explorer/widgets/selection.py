@@ -18,6 +18,11 @@ class PlotLink:
         self._sources: dict[str, tuple] = {}  # by document root, since each display has a source of its own
         self._writing = False
 
+    @property
+    def linked(self) -> bool:
+        """The plot has something to select."""
+        return bool(self._sources)
+
     def attach(self, element: Dimensioned) -> Dimensioned:
         """The element, with this link among its hooks. Plots of several panels have nothing to select."""
         if isinstance(element, hv.Layout):

@@ -5,6 +5,7 @@ import panel_material_ui as pmui
 import param
 
 from sdl_explorer.widgets.kit import Text
+from sdl_explorer.widgets.new_run import NewRun
 
 NUMBERS = (param.Number, param.Integer)
 TRAIN = ("lr", "batch_size", "warmup_steps")
@@ -26,7 +27,7 @@ class Settings(pn.viewable.Viewer):
         self.apply = pmui.Button(
             label="Apply from here", on_click=self._apply, disabled=True, css_classes=["sdlx-apply-settings"], margin=(6, 10)
         )
-        self.waiting = Text("", tone="quiet")
+        self.waiting, self.new_run = Text("", tone="quiet"), NewRun(host)
         self._view = pmui.Column(
             Text("Data", tag="h2"),
             self.data,
@@ -36,7 +37,7 @@ class Settings(pn.viewable.Viewer):
             self._column,
             self.apply,
             self.waiting,
-            Text("Data, latents and seed take effect in a new run only.", tone="quiet"),
+            self.new_run,
             sizing_mode="stretch_width",
             margin=(6, 2),
             css_classes=["sdlx-settings"],
