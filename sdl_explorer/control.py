@@ -5,8 +5,10 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import torch
 
+from sdl_explorer.data.activations import Activations
+from sdl_explorer.data.anchors import Anchors
 from sdl_explorer.data.sources import stream
-from sdl_explorer.diagnosis.compare import Control
+from sdl_explorer.diagnosis.compare import Control, score
 from sdl_explorer.training.commits import Commit
 from sdl_explorer.training.loop import train
 from sdl_explorer.training.plan import Plan
@@ -51,6 +53,37 @@ def trained_arm(run: Run, after: Commit, arm: str, n_steps: int, pair: int, stop
         next(steps)
         yield
     return state
+
+
+def paired(
+    run: Run,
+    after: Commit,
+    rows: Activations,
+    anchors: Anchors | None,
+    n_steps: int,
+    runs: int,
+    drain: Callable,
+    stopped: Callable[[], bool],
+) -> Iterator[tuple[float, Control | None]]:
+    """(share done, the pairs so far) after each arm, and once at the start.
+
+    `drain` runs an iterator of steps in the lane and gives what it returns; scoring happens in the caller's thread.
+    """
+    arms = arms_of(after)
+    pins = run.state_of(after)[0].pins
+
+    def measure(state: TrainState) -> dict[str, float]:
+        return score(state.dictionary, rows, state.samples_since_fired.cpu(), state.dead_after, pins=pins, anchors=anchors)
+
+    start, scores = measure(run.state_of(run.store[after.parent])[0]), {arm: [] for arm in arms}
+    control = None
+    for done in range(runs * len(arms)):
+        yield done / (runs * len(arms)), control
+        pair, arm = divmod(done, len(arms))
+        scores[arms[arm]].append(measure(drain(trained_arm(run, after, arms[arm], n_steps, pair, stopped))))
+        if arm == len(arms) - 1:
+            control = compared(after, n_steps, start, scores)
+    yield 1.0, control
 
 
 def compared(after: Commit, n_steps: int, start: dict[str, float], scores: dict[str, list[dict[str, float]]]) -> Control:

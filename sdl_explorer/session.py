@@ -20,18 +20,19 @@ from typing import Any
 import param
 import torch
 
-from sdl_explorer.control import arms_of, compared, last_intervention, trained_arm
+from sdl_explorer.archive import CONSTANT, read_control, read_record, write_control, write_record
+from sdl_explorer.control import last_intervention, paired
 from sdl_explorer.data.anchors import Anchors, Pins
 from sdl_explorer.data.sources import Source, stream
 from sdl_explorer.diagnosis.cached import CachedFindings
-from sdl_explorer.diagnosis.compare import Control, score
+from sdl_explorer.diagnosis.compare import Control
 from sdl_explorer.diagnosis.continuation import continued_method
 from sdl_explorer.diagnosis.preflight import Preflight, preflight
 from sdl_explorer.models.dictionary import SparseDictionary
 from sdl_explorer.models.methods import Method, TopK
 from sdl_explorer.models.rewrites import shifted
 from sdl_explorer.training.commits import Commit, CommitStore
-from sdl_explorer.training.folder import RunLock, read_json, restore_source, settings_of, source_record, write_json
+from sdl_explorer.training.folder import RunLock, read_json, restore_source, settings_of, write_json
 from sdl_explorer.training.history import History, Recorder
 from sdl_explorer.training.interventions import Anchor, Intervention, Release, Resample, named_latents
 from sdl_explorer.training.lane import lane_of
@@ -325,27 +326,18 @@ class Session(param.Parameterized):
         if after is None:
             raise ValueError("control: no intervention on this branch yet; resample or anchor first.")
         rows = self._judge_rows(JUDGE_ROWS).to(self.device)
-        before, _ = self._call(lambda: self._run.state_of(self._run.store[after.parent]))
-        treated, _ = self._call(lambda: self._run.state_of(after))
-
-        def measure(state: TrainState) -> dict[str, float]:
-            anchors = self.anchors if rows.truth is None else None
-            return score(state.dictionary, rows, state.samples_since_fired.cpu(), state.dead_after, pins=treated.pins, anchors=anchors)
-
-        arms = arms_of(after)
-        start, scores = measure(before), {arm: [] for arm in arms}
+        anchors = self.anchors if rows.truth is None else None
         if not self.running:
             self._stop.clear()
+        drain = lambda steps: self._wait(self._lane.start(self, steps))
         try:
-            for done in range(runs * len(arms)):
-                pair, arm = done // len(arms), arms[done % len(arms)]
-                self._note({"job": Job("control", done / (runs * len(arms)))})
-                steps = trained_arm(self._run, after, arm, n_steps, pair, self._stop.is_set)
-                scores[arm].append(measure(self._wait(self._lane.start(self, steps))))
-                if arm == arms[-1]:
-                    self.last_control = compared(after, n_steps, start, scores)
+            for done, control in paired(self._run, after, rows, anchors, n_steps, runs, drain, self._stop.is_set):
+                self._note({"job": Job("control", done)})
+                self.last_control = self.last_control if control is None else control
         finally:
             self._note({"job": None})
+        if self.folder is not None:
+            write_control(self.folder, self.last_control)
         return self.last_control
 
     def find(self, finding, *, n: int = JUDGE_ROWS, progress: Callable[[float], None] | None = None, **settings):
@@ -370,10 +362,11 @@ class Session(param.Parameterized):
     def open(cls, folder, source: Source | None = None, take_over: bool = False, device: str = "auto") -> "Session":
         """The session of a run folder, at its last commit. A second opener follows, read-only."""
         folder = Path(folder).expanduser().resolve()
-        record = read_json(folder / "run.json", "source", "session", "n_latents", "seed", "budget")
-        settings = record["session"]
-        constant = {k: record[k] for k in ("n_latents", "seed", "budget")}
-        session = cls._around(restore_source(record["source"], folder, source), settings, device=_device(device), **constant)
+        record = read_record(folder)
+        source, settings = restore_source(record["source"], folder, source), record["session"]
+        constant = {k: record[k] for k in (*CONSTANT, "anchors")}
+        session = cls._around(source, settings, record["preflight"], device=_device(device), **constant)
+        session.last_control = read_control(folder)
         session.folder = folder
         session._lock = RunLock(folder, take_over)
         try:
@@ -493,11 +486,12 @@ class Session(param.Parameterized):
             if not lock.held:
                 raise PermissionError(f"save: {folder} is being written by {lock.writer}; save to another folder.")
             run.store.copy_to(folder / "commits")
-            record = {"source": source_record(self.source, folder), "session": run.settings}
-            record |= {"n_latents": self.n_latents, "seed": self.seed, "budget": self.budget}
             write_json(folder / "history.json", {"points": run.recorder.points}, indent=None)
             write_json(folder / "head.json", {"commit": self.head.id})
-            write_json(folder / "run.json", record)  # last: without it the folder is no run
+            if self.last_control is not None:
+                write_control(folder, self.last_control)
+            constant = {k: getattr(self, k) for k in CONSTANT}
+            write_record(folder, self.source, run.settings, constant, self.preflight, self.anchors)
         except BaseException:
             lock.release()
             raise
