@@ -41,6 +41,8 @@ def serve(
     """
     port = port or _free_port(address)
     make = _maker(what, device, activations)
+    if what is None:
+        _warm(device)
     print(f"SDL Explorer at http://{address}:{port}/ (stop with Ctrl+C)", flush=True)
     _serve(make, "/", port, address, bool(show), threaded=False)
 
@@ -156,6 +158,21 @@ def _bundled(device: str) -> Session:
     session = session_of(folder, device=device)
     session.budget = VISITOR_BYTES
     return session
+
+
+def _warm(device: str) -> None:
+    """Make one page and throw it away: the first visitor need not wait for imports."""
+    guest = _arrive()
+    try:
+        guest.append(_bundled(device))
+        explorer = Explorer(guest[0])
+        page = explorer.__panel__().__panel__()
+        page.get_root()
+        explorer.desk.settle()
+        explorer.close()
+        release_refs(page)
+    finally:
+        _leave(guest)
 
 
 def release_refs(component) -> None:
