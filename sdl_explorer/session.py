@@ -30,7 +30,7 @@ from sdl_explorer.diagnosis.continuation import continued_method
 from sdl_explorer.diagnosis.preflight import Preflight, preflight
 from sdl_explorer.models.dictionary import SparseDictionary
 from sdl_explorer.models.methods import Method, TopK
-from sdl_explorer.models.rewrites import shifted
+from sdl_explorer.models.rewrites import scaled, shifted
 from sdl_explorer.training.commits import Commit, CommitStore
 from sdl_explorer.training.folder import RunLock, read_json, restore_source, settings_of, write_json
 from sdl_explorer.training.history import History, Recorder
@@ -53,7 +53,8 @@ class Session(param.Parameterized):
     a commit. `n_latents=None` means 4 * source.width_in. Where rows are stored, new weights start centred on their
     mean, which is far from zero in most networks: the biases hold it. A given `dictionary` is trained on in place; without
     a `method` the session then holds its measured L0 (see `continued_method`) and fills the optimiser's
-    moments at rate 0 for 100 steps.
+    moments at rate 0 for 100 steps. With `rescale`, the input scale that its preflight asks for is folded into
+    the weights first.
     """
 
     source = param.ClassSelector(class_=Source, constant=True, doc="Where activations come from.")
@@ -77,6 +78,8 @@ class Session(param.Parameterized):
         method: Method | None = None,
         n_latents: int | None = None,
         dictionary: SparseDictionary | None = None,
+        *,
+        rescale: bool = False,
         **settings,
     ):
         device = _device(settings.pop("device", "auto"))
@@ -88,6 +91,9 @@ class Session(param.Parameterized):
             _check_widths(dictionary, source)
             rows = source.sample(CHOOSE_ROWS, stream(settings.get("seed", 0), "preflight"), "choose")
             found = preflight(dictionary, rows, getattr(source, "hooks", ()))
+            if rescale and found.scale != 1:
+                dictionary = scaled(dictionary, found.scale)
+                found = preflight(dictionary, rows, getattr(source, "hooks", ()))
             method = continued_method(dictionary, rows) if method is None else method
             n_latents = dictionary.n_latents
         method = TopK() if method is None else type(method)(**settings_of(method))

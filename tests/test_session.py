@@ -11,6 +11,8 @@ import torch
 
 from sdl_explorer.data.anchors import Anchors
 from sdl_explorer.data.bench import LinearBench
+from sdl_explorer.data.hierarchy import HierarchyBench
+from sdl_explorer.data.sources import stream
 from sdl_explorer.data.store import Stored
 from sdl_explorer.diagnosis.alignment import align
 from sdl_explorer.diagnosis.health import check_health
@@ -522,3 +524,16 @@ def test_close_stops_a_run():
     future = session.start(10**9)
     session.close()
     assert future.done() and not session.running
+
+
+def test_a_checkpoint_of_another_scale_is_folded_on_request():
+    rows = HierarchyBench().sample(2000, stream("scale"))
+    W = rows.truth.input_features
+    made_for = SparseDictionary(W, W, b_enc=-0.1 - 0.3 * W.sum(dim=1), b_dec=torch.full((W.shape[1],), 0.3))
+    source = Stored(7.3 * (rows.inputs + 0.3))
+    with Session(source, dictionary=made_for) as asked, Session(source, dictionary=made_for, rescale=True) as folded:
+        assert asked.preflight.verdict.startswith("fits after scaling by 0.1") and asked.preflight.scale != 1
+        assert torch.equal(asked.dictionary.W_enc, made_for.W_enc), "nothing is folded unasked"
+        assert folded.preflight.verdict == "fits" and folded.preflight.scale == 1
+        assert torch.allclose(folded.dictionary.W_enc, asked.preflight.scale * made_for.W_enc)
+        assert folded.find(check_health).unexplained_variance < 0.5 * asked.find(check_health).unexplained_variance

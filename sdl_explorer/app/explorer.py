@@ -17,7 +17,7 @@ from sdl_explorer.session import Session
 from sdl_explorer.state import ExplorerState
 from sdl_explorer.views.look import Look
 from sdl_explorer.views.truth_table import truth_table
-from sdl_explorer.widgets.arrival import Arrival
+from sdl_explorer.widgets.arrival import Arrival, Cell
 from sdl_explorer.widgets.log import log_table
 
 
@@ -34,7 +34,8 @@ def explore(what, dictionary=None, targets=None, **settings) -> "Explorer":
     """Open the explorer on activations, a checkpoint, a run or a session.
 
         explore(tensor)                          activations; an untrained, paused session that says so
-        explore("activations.npy", "sae/")       a checkpoint on activations, after a preflight
+        explore("activations.npy", "sae/")       a checkpoint on activations, after a preflight; with rescale=True the
+                                                 input scale that it asks for is folded into the weights
         explore("runs/first")                    a run folder
         explore(session)
 
@@ -64,7 +65,7 @@ class Explorer(pn.viewable.Viewer):
 
     def _repr_mimebundle_(self, include=None, exclude=None):
         extension()
-        return super()._repr_mimebundle_(include, exclude)
+        return Cell(self._create_view())._repr_mimebundle_(include, exclude)
 
     def __repr__(self) -> str:
         return f"Explorer({self.session!r})"
@@ -190,7 +191,7 @@ class Sheet(pn.viewable.Viewer):
 
     def _repr_mimebundle_(self, include=None, exclude=None):
         extension()
-        return super()._repr_mimebundle_(include, exclude)
+        return Cell(self._create_view())._repr_mimebundle_(include, exclude)
 
 
 class _Alone:
