@@ -1,7 +1,9 @@
-"""Whether a display has reached the browser."""
+"""What a cell displays: how it gets to the browser, and whether it has arrived."""
 
 import panel as pn
+import panel_material_ui as pmui
 from panel.custom import JSComponent
+from panel.models.esm import ReactComponent
 
 
 class Arrival(JSComponent):
@@ -24,3 +26,22 @@ class Arrival(JSComponent):
         """Drawn; or shown nowhere, or on a served page, which waits by itself."""
         views = (pn.state._views[ref] for ref in self._models if ref in pn.state._views)
         return self._drawn or all(comm is None for *_, comm in views)
+
+
+class Cell(pn.Column):
+    """A display in a cell, which brings the script of its components once.
+
+    In a notebook that may have no internet, Panel gives each of some fifty components the whole script, 1.4 MB. The browser keeps
+    the first under the bundle's name, so the first component alone carries it.
+    """
+
+    def __init__(self, view, **params):
+        super().__init__(pmui.Divider(visible=False), view, **{"sizing_mode": "stretch_width", "margin": 0, **params})
+
+    def _render_model(self, doc=None, comm=None):
+        root = super()._render_model(doc, comm)
+        first, _ = self[0]._models[root.ref["id"]]
+        for model in root.select({"type": ReactComponent}):
+            if model is not first and model.bundle == first.bundle != "url":
+                model.esm = ""
+        return root
