@@ -277,7 +277,10 @@ class Session(param.Parameterized):
         self._require_writer("commit")
 
         def command() -> Commit:
+            before = self.head
             self._take_settings()
+            if not message and self.head is not before:  # the change of settings is the commit
+                return self.head
             return self._run.commit("manual", message or f"step {self._run.state.step}", "session.commit()")
 
         return self._call(command)

@@ -308,8 +308,8 @@ def no_head(folder):
         (lambda f: (f / "history.json").write_text("nonsense"), ValueError, "history.json is not JSON"),
         (no_head, ValueError, "commit 'gone': 0 commits"),
         (no_commits, ValueError, "0 commits .* match; the newest are none"),
-        (unknown_method, ValueError, "Method 'os.system' is not known here; known: .*TopK.*Import the package"),
-        (unknown_source, ValueError, "Source 'Popen' is not known here"),
+        (unknown_method, ValueError, "'os.system' is no method. There are: .*TopK"),
+        (unknown_source, ValueError, "'Popen' is no source. There are: .*LinearBench"),
     ],
 )
 def test_a_damaged_folder_says_what_is_wrong_and_stays_free(saved, keep, tmp_path, damage, error, message):

@@ -10,7 +10,6 @@ from sdl_explorer.data.sources import Source
 from sdl_explorer.data.store import Stored
 from sdl_explorer.models.dictionary import SparseDictionary
 from sdl_explorer.models.methods import TopK
-from sdl_explorer.registry import members
 from sdl_explorer.session import Session
 
 WEIGHTS = ("cfg.json", "dictionary.safetensors")
@@ -30,7 +29,6 @@ def session_of(what, dictionary=None, targets=None, activations=None, **settings
             raise FileNotFoundError(f"explore: there is nothing at {path}. Give a run folder, a checkpoint or a file of activations.")
         if (path / "run.json").exists():
             if activations is None and dictionary is None:
-                members(Source)  # a folder names its classes; they have to be registered
                 return Session.open(path, **settings)
             what = SparseDictionary.load(path)
         elif _is_checkpoint(path):

@@ -155,6 +155,8 @@ class Frame(pn.viewable.Viewer):
             host.step_primary(-1 if key == "previous" else 1)
         elif key == "help":
             self._toggle_help()
+        elif key == "dark":
+            self._dress(True)
         elif key == "escape":
             self._escape()
         elif key == "T":

@@ -26,6 +26,7 @@ from filelock import FileLock
 from sdl_explorer.data.sources import Generated, Source
 from sdl_explorer.data.store import Stored
 from sdl_explorer.models.atomic import write_file
+from sdl_explorer.registry import member
 
 FORMAT_VERSION = 1
 HEARTBEAT = 5.0
@@ -158,16 +159,6 @@ def _rebuilt(record: dict[str, Any], folder: Path) -> Source:
     if not path.exists():
         raise FileNotFoundError(f"{folder}: the run's data at {path} is gone; pass it as source=.")
     return Stored(path)
-
-
-def member(family: type, name: str) -> type:
-    """A concrete member of a family by class name, among those already registered."""
-    members = {c.__name__: c for c in param.descendents(family, concrete=True)}
-    if name not in members:
-        raise ValueError(
-            f"{family.__name__} {name!r} is not known here; known: {', '.join(sorted(members))}. Import the package that defines it first."
-        )
-    return members[name]
 
 
 def settings_of(member: param.Parameterized) -> dict[str, Any]:

@@ -10,8 +10,9 @@ import torch
 
 from sdl_explorer.data.sources import Source, stream
 from sdl_explorer.models.methods import Method
+from sdl_explorer.registry import member
 from sdl_explorer.training.commits import Commit, CommitStore
-from sdl_explorer.training.folder import member, read_json, settings_of, write_json
+from sdl_explorer.training.folder import read_json, settings_of, write_json
 from sdl_explorer.training.history import History, Recorder
 from sdl_explorer.training.interventions import Intervention
 from sdl_explorer.training.loop import train

@@ -278,11 +278,12 @@ class ControlForm(pn.viewable.Viewer):
             label="Pairs", value=5, start=1, end=30, width=90, size="small", margin=(6, 8), css_classes=["sdlx-pairs"]
         )
         self.run = _button("Run the control pairs", "control", self._run)
+        self.cancel = _button("Stop", "control-stop", self._cancel, visible=False)
         self.progress = pmui.LinearProgress(
             value=0, variant="determinate", sizing_mode="stretch_width", visible=False, margin=(2, 10), css_classes=["sdlx-job"]
         )
         self.said = Text("", role="status", css_classes=["sdlx-control-said"])
-        form = pn.FlexBox(self.steps, self.pairs, self.run, align_items="center", margin=0)
+        form = pn.FlexBox(self.steps, self.pairs, self.run, self.cancel, align_items="center", margin=0)
         self._view = _paper("Control pairs", self.said, form, self.progress, name="control-form")
 
     def __panel__(self):
@@ -290,7 +291,7 @@ class ControlForm(pn.viewable.Viewer):
 
     def refresh(self) -> None:
         job, last = self.host.snapshot.job, self.host.last_intervention()
-        self.progress.visible = job is not None
+        self.progress.visible = self.cancel.visible = job is not None
         if job is not None:
             self.progress.value = int(100 * job.done)
         self.run.disabled = last is None or job is not None or self.host.snapshot.running or not self.host.session.writable
@@ -302,6 +303,9 @@ class ControlForm(pn.viewable.Viewer):
             self.said.text = (
                 f"With and without the {last.kind} of step {count(last.step)}, and a sham that resets the same latents at random."
             )
+
+    async def _cancel(self, event) -> None:
+        await self.host.do(self.host.session.stop)
 
     async def _run(self, event=None) -> None:
         await self.host.do(self.host.session.control, self.steps.value, self.pairs.value)

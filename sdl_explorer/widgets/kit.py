@@ -81,6 +81,7 @@ class Keys(JSComponent):
     """Single-key shortcuts, heard on the app's root element and never while a field, slider, menu or table has focus."""
 
     active = param.Boolean(default=True, doc="Listen.")
+    follow = param.Boolean(default=True, doc="Say so when JupyterLab or the operating system asks for dark.")
 
     _esm = ESM / "keys.js"
 

@@ -2,7 +2,7 @@
 // document, and with nothing focused its keys go to the body, so there the body is the root.
 const FIELDS = new Set(["INPUT", "TEXTAREA", "SELECT", "OPTION"])
 const ROLES = new Set(["slider", "spinbutton", "textbox", "combobox", "listbox", "option", "menu", "menuitem", "grid", "tab", "dialog"])
-const NAMED = { " ": "Space", ".": "step", "/": "search", "?": "help", ArrowLeft: "previous", ArrowRight: "next", Escape: "escape" }
+const NAMED = { " ": "Space", ".": "step", "?": "help", ArrowLeft: "previous", ArrowRight: "next", Escape: "escape" }
 
 function root_of(el) {
   let node = el
@@ -11,6 +11,22 @@ function root_of(el) {
     node = node.parentElement
   }
   return node.parentElement === document.body ? document.body : node
+}
+
+// The search field may lie in any shadow root.
+function focus_search(node) {
+  for (const child of node.querySelectorAll("*")) {
+    const field = child.matches(".sdlx-search") ? (child.shadowRoot || child).querySelector("input") : null
+    if (field) { field.focus(); return true }
+    if (child.shadowRoot && focus_search(child.shadowRoot)) { return true }
+  }
+  return false
+}
+
+// JupyterLab's theme where there is one, else the operating system's.
+function prefers_dark() {
+  const lab = document.body.dataset.jpThemeLight
+  return lab === undefined ? window.matchMedia("(prefers-color-scheme: dark)").matches : lab === "false"
 }
 
 function busy(event) {
@@ -35,14 +51,19 @@ export function render({ model, el }) {
       return
     }
     if (busy(event) && event.key !== "Escape") { return }
+    if (event.key === "/") {
+      if (focus_search(root)) { event.preventDefault() }
+      return
+    }
     let key = NAMED[event.key]
     if (event.code === "Period" && event.shiftKey) { key = "run" }
     if (/^[1-7]$/.test(event.key)) { key = `page ${event.key}` }
-    if (/^[arpbdtf]$/i.test(event.key)) { key = event.key.toUpperCase() }
+    if (/^[art]$/i.test(event.key)) { key = event.key.toUpperCase() }
     if (key === undefined) { return }
     event.preventDefault()
     model.send_msg({ key })
   }
   root.addEventListener("keydown", hear)
+  if (model.follow && prefers_dark()) { model.send_msg({ key: "dark" }) }
   model.on("remove", () => root.removeEventListener("keydown", hear))
 }
