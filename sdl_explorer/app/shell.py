@@ -135,6 +135,10 @@ class Frame(pn.viewable.Viewer):
         self.host.state.theme = "dark" if dark else "light"
         self.host.poll()
 
+    def _follow_dark(self) -> None:
+        with self.host.state.unrecorded():
+            self._dress(True)
+
     def _step(self, step) -> None:
         step()
         self.host.poll()
@@ -156,7 +160,7 @@ class Frame(pn.viewable.Viewer):
         elif key == "help":
             self._toggle_help()
         elif key == "dark":
-            self._dress(True)
+            pn.state.onload(self._follow_dark)  # a browser that is still building the page would lose it
         elif key == "escape":
             self._escape()
         elif key == "T":
