@@ -17,7 +17,7 @@ function root_of(el) {
 function focus_search(node) {
   for (const child of node.querySelectorAll("*")) {
     const field = child.matches(".sdlx-search") ? (child.shadowRoot || child).querySelector("input") : null
-    if (field) { field.focus(); return true }
+    if (field) { field.focus(); field.select(); return true }
     if (child.shadowRoot && focus_search(child.shadowRoot)) { return true }
   }
   return false

@@ -1,0 +1,29 @@
+"""Keys that are heard anywhere on the page, and the theme of the system."""
+
+import pytest
+from playwright.sync_api import expect
+
+pytestmark = [pytest.mark.timeout(300), pytest.mark.filterwarnings("ignore::pandas.errors.Pandas4Warning")]  # bokeh 3.9 on pandas 3.1
+SLOW = 60_000
+FOCUSED = """() => {
+  let node = document.activeElement
+  while (node && node.shadowRoot && node.shadowRoot.activeElement) { node = node.shadowRoot.activeElement }
+  const host = node.getRootNode().host
+  return node.tagName + " " + (host ? host.className : node.closest(".sdlx-search")?.className || "")
+}"""
+
+
+def test_a_dark_system_gets_a_dark_page_and_keys_are_heard(open_page, served: str):
+    page = open_page(color_scheme="dark")
+    page.goto(served)
+    expect(page.locator(".sdlx-tiles")).to_contain_text("Recovered", timeout=SLOW)
+    expect(page.locator("body")).to_have_css("background-color", "rgb(18, 18, 18)", timeout=SLOW)
+    expect(page.locator(".sdlx-undo").first.get_by_role("button")).to_be_disabled()
+
+    page.keyboard.press("2")
+    expect(page.get_by_role("tab", name="Alignment")).to_have_attribute("aria-selected", "true", timeout=SLOW)
+    page.keyboard.press("/")
+    assert page.evaluate(FOCUSED).startswith("INPUT")
+    page.keyboard.type("5")
+    page.keyboard.press("Enter")
+    expect(page.locator(".sdlx-inspector-title")).to_have_text("Latent 5", timeout=SLOW)
