@@ -61,6 +61,10 @@ class Frame(pn.viewable.Viewer):
             contextbar_variant="persistent",
             dark_theme=host.state.theme == "dark",
             busy_indicator=None,
+            sx={
+                "& .MuiDrawer-docked": {"pointerEvents": "none"},
+                "& .MuiDrawer-paper": {"pointerEvents": "auto"},
+            },  # closed ones cover the page
             main=[
                 pmui.Column(
                     self.tabs,

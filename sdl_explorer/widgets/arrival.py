@@ -38,10 +38,9 @@ class Cell(pn.Column):
     def __init__(self, view, **params):
         super().__init__(pmui.Divider(visible=False), view, **{"sizing_mode": "stretch_width", "margin": 0, **params})
 
-    def _render_model(self, doc=None, comm=None):
-        root = super()._render_model(doc, comm)
+    def _preprocess(self, root, changed=None, old_models=None):
+        super()._preprocess(root, changed, old_models)
         first, _ = self[0]._models[root.ref["id"]]
         for model in root.select({"type": ReactComponent}):
-            if model is not first and model.bundle == first.bundle != "url":
+            if model is not first and model.esm and model.bundle == first.bundle != "url":
                 model.esm = ""
-        return root

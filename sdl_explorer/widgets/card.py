@@ -50,8 +50,8 @@ class Card(pn.viewable.Viewer):
         self._link = PlotLink(host)
         self._reads: set[str] = set()
         self._redraw = None
-        self._plot = pmui.Column(sizing_mode="stretch_width", margin=0)
-        self._table = pmui.Column(sizing_mode="stretch_width", visible=False, margin=(0, 10))
+        self._plot = pn.Column(sizing_mode="stretch_width", margin=0)
+        self._table = pn.Column(sizing_mode="stretch_width", visible=False, margin=(0, 10))
         self._twin = None
         title = Text(view.question, tag="h2", css_classes=["sdlx-title"])
         self._view = pmui.Paper(

@@ -3,7 +3,6 @@
 import logging
 
 import panel as pn
-import panel_material_ui as pmui
 
 from sdl_explorer.widgets.kit import Text
 
@@ -16,7 +15,7 @@ class Page(pn.viewable.Viewer):
     def __init__(self, title: str, question: str, parts, visible: bool = True):
         super().__init__()
         self.title, self._make, self.parts = title, parts, None
-        self._view = pmui.Column(
+        self._view = pn.Column(  # not pmui's: Panel takes the stylesheets of parts that come later from the internet there
             Text(question, tag="p", css_classes=["sdlx-question"]),
             visible=visible,
             sizing_mode="stretch_width",

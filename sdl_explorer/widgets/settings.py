@@ -23,7 +23,7 @@ class Settings(pn.viewable.Viewer):
         self._session = None
         self.data, self.model = Text("", tone="quiet", css_classes=["sdlx-data"]), Text("", tone="quiet", css_classes=["sdlx-model"])
         self._fields: dict[tuple[str, str], tuple] = {}
-        self._column = pmui.Column(sizing_mode="stretch_width", margin=0)
+        self._column = pn.Column(sizing_mode="stretch_width", margin=0)
         self.apply = pmui.Button(
             label="Apply from here", on_click=self._apply, disabled=True, css_classes=["sdlx-apply-settings"], margin=(6, 10)
         )
