@@ -31,7 +31,7 @@ class Desk(Reader):
     def __init__(self, session, state: ExplorerState | None = None):
         super().__init__(session, state)
         self._commands = ThreadPoolExecutor(2, thread_name_prefix="sdlx-command")
-        self._lock = threading.RLock()
+        self.lock = threading.RLock()
         self._displays: list = []
         self._timer = self._seen = None
         self._pointed = self.state.primary_latent is not None
@@ -68,7 +68,7 @@ class Desk(Reader):
 
     def poll(self) -> None:
         """Bring every display up to date with the session and the state; cheap when nothing has changed."""
-        if not self._lock.acquire(blocking=False):
+        if not self.lock.acquire(blocking=False):
             return  # another thread of this notebook is at it
         try:
             self._ticks += 1
@@ -89,7 +89,7 @@ class Desk(Reader):
             for display in displays:
                 self.findings.want(*display.needs(), self.snapshot)
         finally:
-            self._lock.release()
+            self.lock.release()
 
     def _pulse(self) -> None:
         """A cell is waiting for training in its own thread; our own workers must not touch figures."""

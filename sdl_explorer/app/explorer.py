@@ -65,7 +65,7 @@ class Explorer(pn.viewable.Viewer):
 
     def _repr_mimebundle_(self, include=None, exclude=None):
         extension()
-        return Cell(self._create_view())._repr_mimebundle_(include, exclude)
+        return Cell(self._create_view(), self.desk.lock)._repr_mimebundle_(include, exclude)
 
     def __repr__(self) -> str:
         return f"Explorer({self.session!r})"
@@ -191,7 +191,7 @@ class Sheet(pn.viewable.Viewer):
 
     def _repr_mimebundle_(self, include=None, exclude=None):
         extension()
-        return Cell(self._create_view())._repr_mimebundle_(include, exclude)
+        return Cell(self._create_view(), self.desk.lock)._repr_mimebundle_(include, exclude)
 
 
 class _Alone:

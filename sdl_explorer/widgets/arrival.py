@@ -1,5 +1,8 @@
 """What a cell displays: how it gets to the browser, and whether it has arrived."""
 
+import sys
+from contextlib import redirect_stdout
+
 import panel as pn
 import panel_material_ui as pmui
 from panel.custom import JSComponent
@@ -35,8 +38,18 @@ class Cell(pn.Column):
     the first under the bundle's name, so the first component alone carries it.
     """
 
-    def __init__(self, view, **params):
+    def __init__(self, view, lock, **params):
         super().__init__(pmui.Divider(visible=False), view, **{"sizing_mode": "stretch_width", "margin": 0, **params})
+        self._lock, self._stdout = lock, sys.stdout
+
+    def _on_msg(self, ref, manager, msg):
+        """JupyterLab's messages arrive on a thread of their own.
+
+        Panel drops changes that another thread makes meanwhile, so messages and polls take turns with `lock`; and pyviz_comms
+        catches what the whole process prints meanwhile, also what a cell prints.
+        """
+        with redirect_stdout(self._stdout), self._lock:
+            super()._on_msg(ref, manager, msg)
 
     def _preprocess(self, root, changed=None, old_models=None):
         super()._preprocess(root, changed, old_models)
