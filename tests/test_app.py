@@ -259,7 +259,9 @@ def test_without_truth_it_opens_on_overview_and_says_what_is_missing():
 def test_divergence_pauses_and_offers_the_last_finite_commit(explorer):
     from sdl_explorer.session import Diverged
 
-    session, frame = explorer.session, shown(explorer)
+    session, frame = explorer.session, explorer.__panel__()
+    assert part(frame, "Tiles")._tiles[0][:3] == ("Recovered", "—", "Not computed yet.")
+    frame = shown(explorer)
     session.lr = 1e20
     with pytest.raises(Diverged):
         session.train(200)
@@ -267,7 +269,12 @@ def test_divergence_pauses_and_offers_the_last_finite_commit(explorer):
     while explorer.desk.findings.busy:
         time.sleep(0.02)
         explorer.desk.poll()
-    assert card(frame, "A2").words.text == f"Not a number at step {session.snapshot.diverged.step}. [Go to last finite commit]"
+    spoilt = f"Not a number at step {session.snapshot.diverged.step}. [Go to last finite commit]"
+    assert card(frame, "A2").words.text == spoilt
+    assert [t.share for t in part(frame, "Tiles")._tiles] == [spoilt] * 4
+    assert part(frame, "Tiles")._tiles[0].title == "Recovered"
+    assert frame.inspector.facts.text == spoilt
+    assert spoilt in frame.inspector.examples.html
     bar = frame.run_bar
     assert bar.alert.text.startswith("Diverged at step ")
     assert bar.repair.visible

@@ -609,7 +609,7 @@ def test_tiles_count_what_the_findings_hold(found):
     assert dead.sparkline == tuple(found[History].dead)
     assert unexplained.number == f"{found[check_health].unexplained_variance:.3f}"
     assert unexplained.sparkline == (0.4, 0.3)
-    assert "Recovered: 7" in tiles_reading(found[align], found[check_health], Look())
+    assert "Recovered: 7" in tiles_reading(tiles(found[align], found[check_health], Look()))
 
 
 def test_tiles_without_truth_or_findings(found):
@@ -618,6 +618,11 @@ def test_tiles_without_truth_or_findings(found):
     told = tiles(replace(found[align], of="anchors"), found[check_health], Look())[0]
     assert (told.title, told.number) == ("Anchored and aligned", "9")
     assert [t.number for t in tiles(None, None, Look())] == ["—"] * 4
+    for against, title in (("truth", "Recovered"), ("anchors", "Anchored and aligned")):
+        first = tiles(None, None, Look(), against=against)[0]
+        assert (first.title, first.share) == (title, "Not computed yet.")
+    spoilt = tiles(None, None, Look(), against="truth", diverged=812)
+    assert {t.share for t in spoilt} == {"Not a number at step 812. [Go to last finite commit]"}
 
 
 # examples ------------------------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from sdl_explorer.training.interventions import Plan
 from sdl_explorer.views.examples import cards_html, context_rows, example_cards, examples_empty, examples_reading
 from sdl_explorer.views.look import Look
 from sdl_explorer.views.view import Before, Commits
-from sdl_explorer.views.words import NOT_COMPUTED
+from sdl_explorer.views.words import NOT_COMPUTED, not_finite
 from sdl_explorer.widgets.intervene import CLASS, GIVEN, TRUE
 
 KINDS = {"sae": "SAE", "transcoder": "Transcoder", "crosscoder": "Crosscoder"}
@@ -103,7 +103,19 @@ class Reader:
 
     def knows(self, finding) -> bool:
         """Can this finding say anything here? Alignment needs truth, anchors or pins."""
-        return finding is not align or self.has_truth or self.session.anchors is not None or self.pins() is not None
+        return finding is not align or bool(self.against)
+
+    @property
+    def against(self) -> str:
+        """What latents are compared with: "truth", "anchors", or nothing."""
+        if self.has_truth:
+            return "truth"
+        return "anchors" if self.session.anchors is not None or self.pins() is not None else ""
+
+    def missing(self, otherwise: str = NOT_COMPUTED) -> str:
+        """Why a number is not there."""
+        diverged = self.snapshot.diverged
+        return otherwise if diverged is None else not_finite(diverged.step)
 
     def needs(self, view) -> tuple[list, list]:
         """Findings that a view wants now, and (finding, commit) pairs at the commit it compares with."""
@@ -189,7 +201,7 @@ class Reader:
         if latent is None:
             return [], []
         if table is None:
-            return [NOT_COMPUTED], []
+            return [self.missing()], []
         alignment = self.value(align)
         word = "anchor" if alignment is not None and alignment.of == "anchors" else "feature"
         return latent_lines(table.iloc[latent], word), feature_lines(self.state.primary_feature, alignment)
@@ -199,6 +211,8 @@ class Reader:
         latent, health = self.state.primary_latent, self.findings.now(check_health)
         if latent is None or health is None:
             return ""
+        if health.error is not None:
+            return _paragraph(self.missing(failure(health.error)))
         look = Look(primary_latent=latent, theme=self.state.theme)
         shown = self._shown_examples[1] if self._shown_examples[0] == latent else ""
         return self.findings.ask(("examples", health.serial, look), lambda: self._examples(look), default=shown)
@@ -207,7 +221,7 @@ class Reader:
         try:
             markup = self._example_markup(look)
         except (ValueError, OSError) as error:  # weights that are not finite, data that is gone
-            return _paragraph(failure(error))
+            return _paragraph(self.missing(failure(error)))
         self._shown_examples = (look.primary_latent, markup)
         return markup
 

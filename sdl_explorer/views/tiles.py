@@ -10,7 +10,7 @@ from sdl_explorer.training.history import History
 from sdl_explorer.views.alignment import recovered
 from sdl_explorer.views.look import Look
 from sdl_explorer.views.view import Commits
-from sdl_explorer.views.words import NO_TRUTH, NOT_COMPUTED, count
+from sdl_explorer.views.words import NO_TRUTH, NOT_COMPUTED, count, not_finite
 
 
 class Tile(NamedTuple):
@@ -26,23 +26,32 @@ class Tile(NamedTuple):
 
 
 def tiles(
-    alignment: Alignment | None, health: Health | None, look: Look, history: History | None = None, commits: Commits = ()
+    alignment: Alignment | None,
+    health: Health | None,
+    look: Look,
+    history: History | None = None,
+    commits: Commits = (),
+    against: str = "",
+    diverged: int | None = None,
 ) -> tuple[Tile, Tile, Tile, Tile]:
     """Recovered, dead, unseen, unexplained variance. A finding that is None leaves its tile without a number.
 
     Without truth `alignment` compares with anchors (`alignment.of == "anchors"`) and the first tile counts the anchored
-    and aligned ones. Sparklines follow the steps: dead latents from the history, the rest from the metrics of the commits.
+    and aligned ones. `against` says what there is to compare with ("truth", "anchors" or nothing) while `alignment` is None;
+    `diverged` is the step from which there are no numbers. Sparklines follow the steps: dead latents from the history, the rest from the metrics of the commits.
     """
+    why = NOT_COMPUTED if diverged is None else not_finite(diverged)
+    first = _missing(against, why) if alignment is None else _recovered(alignment, look, commits)
     if health is None:
         waiting = [
-            Tile(title, "—", NOT_COMPUTED, status)
+            Tile(title, "—", why, status)
             for title, status in (("Dead", "dead"), ("Unseen", "unseen"), ("Unexplained variance", ""))
         ]
-        return _recovered(alignment, look, commits), *waiting
+        return first, *waiting
     window = f"silent in {count(health.dead_after or health.n_samples)} samples: rate below 3/N at 95 %"
     dead_line = () if history is None else tuple(history.dead[np.isfinite(history.dead)].tolist())
     return (
-        _recovered(alignment, look, commits),
+        first,
         Tile("Dead", count(health.n_dead), f"{_share(health.n_dead, health.n_latents)}, {window}", "dead", dead_line, _ids(health.dead)),
         Tile(
             "Unseen",
@@ -62,14 +71,18 @@ def tiles(
     )
 
 
-def tiles_reading(alignment: Alignment | None, health: Health | None, look: Look) -> str:
+def tiles_reading(all_four: tuple[Tile, ...]) -> str:
     """All four, read aloud."""
-    return " ".join(f"{t.title}: {t.number} ({t.share})." for t in tiles(alignment, health, look))
+    return " ".join(f"{t.title}: {t.number} ({t.share.rstrip('.')})." for t in all_four)
 
 
-def _recovered(alignment: Alignment | None, look: Look, commits: Commits) -> Tile:
-    if alignment is None:
-        return Tile("Anchored and aligned", "—", NO_TRUTH, "anchored")
+def _missing(against: str, why: str) -> Tile:
+    if against == "truth":
+        return Tile("Recovered", "—", why, "matched")
+    return Tile("Anchored and aligned", "—", why if against else NO_TRUTH, "anchored")
+
+
+def _recovered(alignment: Alignment, look: Look, commits: Commits) -> Tile:
     if alignment.of == "anchors":
         aligned = alignment.best[look.side].cosine > look.tau
         share = f"{_share(int(aligned.sum()), alignment.n_features, 'anchors')} at τ {look.tau:.2f} ({look.side})"

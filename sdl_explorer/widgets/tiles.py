@@ -39,13 +39,15 @@ class Tiles(pn.viewable.Viewer):
     def refresh(self) -> None:
         look = self.host.look()
         alignment, health = self.host.value(align), self.host.value(check_health)
-        key = (id(alignment), id(health), look, self.host.snapshot.version)
+        diverged = self.host.snapshot.diverged
+        key = (id(alignment), id(health), look, self.host.snapshot.version, diverged)
         if key == self._drawn:
             return
         self._drawn = key
-        self._tiles = tiles(alignment, health, look, self.host.session.history, self.host.session.commits)
+        records, step = (self.host.session.history, self.host.session.commits), diverged and diverged.step
+        self._tiles = tiles(alignment, health, look, *records, against=self.host.against, diverged=step)
         self._html.html = f"{STYLE}<div class='tiles'>{''.join(_tile(i, t, look.theme) for i, t in enumerate(self._tiles))}</div>"
-        self._reading.text = tiles_reading(alignment, health, look)
+        self._reading.text = tiles_reading(self._tiles)
 
     def _pick(self, pick: str) -> None:
         tile = self._tiles[int(pick)] if pick.isdigit() and int(pick) < len(self._tiles) else None
