@@ -37,15 +37,15 @@ def tiles(
     """Recovered, dead, unseen, unexplained variance. A finding that is None leaves its tile without a number.
 
     Without truth `alignment` compares with anchors (`alignment.of == "anchors"`) and the first tile counts the anchored
-    and aligned ones. `against` says what there is to compare with ("truth", "anchors" or nothing) while `alignment` is None;
-    `diverged` is the step from which there are no numbers. Sparklines follow the steps: dead latents from the history, the rest from the metrics of the commits.
+    and aligned ones. While `alignment` is None, `against` says what there is to compare with ("truth", "anchors" or "");
+    `diverged` is the step from which there are no numbers. Sparklines follow the steps: dead latents from the history,
+    the rest from the metrics of the commits.
     """
     why = NOT_COMPUTED if diverged is None else not_finite(diverged)
     first = _missing(against, why) if alignment is None else _recovered(alignment, look, commits)
     if health is None:
         waiting = [
-            Tile(title, "—", why, status)
-            for title, status in (("Dead", "dead"), ("Unseen", "unseen"), ("Unexplained variance", ""))
+            Tile(title, "—", why, status) for title, status in (("Dead", "dead"), ("Unseen", "unseen"), ("Unexplained variance", ""))
         ]
         return first, *waiting
     window = f"silent in {count(health.dead_after or health.n_samples)} samples: rate below 3/N at 95 %"
