@@ -243,7 +243,8 @@ def _train(session: "Session", steps: int) -> None:
 
         session.pulses.append(advance)
         try:
-            session.train(max(steps - first, 0))
+            if steps > first:
+                session.train(steps - first)
         except KeyboardInterrupt:
             session.commit("interrupted")
             typer.echo(f"Interrupted at step {session.step} and saved; the same command goes on from there.", err=True)

@@ -8,6 +8,7 @@ import shutil
 import tempfile
 import threading
 import time
+import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
@@ -82,6 +83,7 @@ class Session(param.Parameterized):
         rescale: bool = False,
         **settings,
     ):
+        _check_kinds(source, method, settings)
         device = _device(settings.pop("device", "auto"))
         settings.setdefault("dead_after", source.dead_after)
         found = None
@@ -94,6 +96,9 @@ class Session(param.Parameterized):
             if rescale and found.scale != 1:
                 dictionary = scaled(dictionary, found.scale)
                 found = preflight(dictionary, rows, getattr(source, "hooks", ()))
+            if found.verdict != "fits":
+                way_out = "rescale=True folds it in" if found.scale != 1 else "use activations of the place that it was trained on"
+                warnings.warn(f"{found.stamp} Every number below is about this misfit; {way_out}.", stacklevel=2)
             method = continued_method(dictionary, rows) if method is None else method
             n_latents = dictionary.n_latents
         method = TopK() if method is None else type(method)(**settings_of(method))
@@ -609,6 +614,17 @@ class Session(param.Parameterized):
                 f"{verb}: this session follows {self.folder}, which {self.writer} writes. Close it, go on in memory with branch(), or, "
                 "if its host is gone, Session.open(..., take_over=True)."
             )
+
+
+def _check_kinds(source, method, settings: dict[str, Any]) -> None:
+    if not isinstance(source, Source):
+        raise TypeError(f"Session: source is a {type(source).__name__}; give a Source, such as LinearBench() or Stored(tensor).")
+    if not isinstance(method, Method | None):
+        raise TypeError(f"Session: method is {method!r}; give a Method, such as TopK(k=16).")
+    unknown = sorted(set(settings) - set(Session.param))
+    if unknown:
+        known = ", ".join(k for k in Session.param if k != "name")
+        raise TypeError(f"Session: there is no setting {unknown[0]!r}; there are {known}, dictionary and rescale.")
 
 
 def _device(name: str) -> str:

@@ -204,7 +204,8 @@ def test_findings_take_what_the_session_knows(make):
     health, alignment = session.find([check_health, align], n=300)
     expected = session._run.state.samples_since_fired.numpy()
     np.testing.assert_array_equal(health.samples_since_fired, expected)
-    np.testing.assert_array_equal(health.dead, (expected >= 48) & (health.firing_rate == 0))
+    np.testing.assert_array_equal(health.dead, expected >= 48)
+    assert health.n_dead == session.snapshot.dead
     assert (expected >= 48).any()
     assert health.n_samples == 300
     assert alignment.recovery(0.0, "decoder", "heldout") == pytest.approx(1) and alignment.n_features == 12
@@ -435,6 +436,7 @@ def test_branches_left_by_a_revert_stay_visible(make):
 # training on a dictionary that exists ----------------------------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("ignore:Preflight")  # random weights fit nothing
 @pytest.mark.parametrize(
     "method", [ReLU(l1=0.05), JumpReLU(l0=0.02, bandwidth=0.1), TopK(k=2), BatchTopK(k=2)], ids=lambda m: type(m).__name__
 )
@@ -531,7 +533,9 @@ def test_a_checkpoint_of_another_scale_is_folded_on_request():
     W = rows.truth.input_features
     made_for = SparseDictionary(W, W, b_enc=-0.1 - 0.3 * W.sum(dim=1), b_dec=torch.full((W.shape[1],), 0.3))
     source = Stored(7.3 * (rows.inputs + 0.3))
-    with Session(source, dictionary=made_for) as asked, Session(source, dictionary=made_for, rescale=True) as folded:
+    with pytest.warns(UserWarning, match=r"fits after scaling by 0\.1.*rescale=True folds it in"):
+        asked = Session(source, dictionary=made_for)
+    with asked, Session(source, dictionary=made_for, rescale=True) as folded:
         assert asked.preflight.verdict.startswith("fits after scaling by 0.1") and asked.preflight.scale != 1
         assert torch.equal(asked.dictionary.W_enc, made_for.W_enc), "nothing is folded unasked"
         assert folded.preflight.verdict == "fits" and folded.preflight.scale == 1

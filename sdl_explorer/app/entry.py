@@ -9,6 +9,7 @@ from sdl_explorer.data.activations import Activations
 from sdl_explorer.data.sources import Source
 from sdl_explorer.data.store import Stored
 from sdl_explorer.models.dictionary import SparseDictionary
+from sdl_explorer.models.formats.files import read_names
 from sdl_explorer.models.methods import TopK
 from sdl_explorer.session import Session
 
@@ -84,9 +85,4 @@ def _is_checkpoint(path: Path) -> bool:
     """A folder with weights of a dictionary, or a file that says it is one."""
     if path.is_dir():
         return any((path / name).exists() for name in WEIGHTS)
-    if path.suffix != ".safetensors":
-        return False
-    from safetensors import safe_open
-
-    with safe_open(path, framework="pt") as file:
-        return {"W_enc", "W_dec"} <= set(file.keys())
+    return path.suffix == ".safetensors" and {"W_enc", "W_dec"} <= read_names(path)

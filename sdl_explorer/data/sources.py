@@ -69,6 +69,14 @@ class Source(param.Parameterized):
         """What a run folder and a cached finding remember of the data."""
         raise TypeError(f"{type(self).__name__} has no fingerprint(); a Source must.")
 
+    def __repr__(self) -> str:
+        changed = [f"{k}={v!r}" for k, v in self.param.values(onlychanged=True).items() if k != "name"]
+        rows = [] if self.n is None else [f"{self.n:,} rows"]
+        widths = f"{self.width_in}" if self.width_in == self.width_out else f"{self.width_in} -> {self.width_out}"
+        return f"{type(self).__name__}({', '.join([*changed, *rows, f'width {widths}'])})"
+
+    __str__ = __repr__
+
 
 class Generated(Source):
     """Data drawn without end from a seed. A subclass gives `draw(n, generator)` and the widths."""

@@ -41,7 +41,7 @@ class PerLatent(NamedTuple):
     block_decoder: np.ndarray
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Alignment:
     """What `align` found. `features` below are the true features, or the anchors when `of` is "anchors".
 
@@ -73,6 +73,11 @@ class Alignment:
     block_names: tuple[str, ...]
     block_encoder: Float[np.ndarray, "n_blocks n_features"]
     block_decoder: Float[np.ndarray, "n_blocks n_features"]
+
+    def __repr__(self) -> str:
+        sides = ", ".join(f"{side} {self.recovery(side=side):.1%} ({self.mean_best(side):.3f})" for side in SIDES)
+        what = "anchors" if self.of == "anchors" else "true features"
+        return f"Alignment({self.n_features} {what} against {self.n_latents} latents; recovered at {TAU} (mean best cosine): {sides})"
 
     n_features = property(lambda self: len(self.names), doc="True features, or anchors.")
     n_latents = property(lambda self: len(self.anchored_latents), doc="Latents compared.")

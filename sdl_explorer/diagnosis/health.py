@@ -13,7 +13,7 @@ from sdl_explorer.diagnosis.observe import Accumulator, Moments, Rows, Stream, f
 from sdl_explorer.models.dictionary import SparseDictionary
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Health:
     """What `check_health` found; arrays have one entry per latent.
 
@@ -45,6 +45,12 @@ class Health:
     mean_activation: Float[np.ndarray, " n_latents"]
     dead_after: int | None = None
 
+    def __repr__(self) -> str:
+        return (
+            f"Health({self.n_latents} latents on {self.n_samples:,} rows: {self.n_dead} dead, {self.n_unseen} unseen, "
+            f"unexplained_variance={self.unexplained_variance:.4g}, mse={self.mse:.4g}, l0={self.l0:.4g})"
+        )
+
     @property
     def n_latents(self) -> int:
         return len(self.dead)
@@ -59,7 +65,7 @@ class Health:
 
     @property
     def alive(self) -> np.ndarray:
-        """Latents that fired on these rows."""
+        """Neither dead nor unseen."""
         return ~(self.dead | self.unseen)
 
 
@@ -93,7 +99,7 @@ class _Checkup(Accumulator):
         silent = fires == 0
         here = np.where(silent, n, n - 1 - self.last.cpu().numpy())
         since = here if self.since is None else self.since
-        dead = silent if self.dead_after is None else silent & (since >= self.dead_after)
+        dead = silent if self.dead_after is None else since >= self.dead_after
         return Health(
             n_samples=n,
             mse=self.error / n,
@@ -123,7 +129,7 @@ def check_health(
 
         mse = mean_n |x_r - recon|^2
         unexplained_variance = sum |x_r - recon|^2 / sum |x_r - mean x_r|^2
-        dead = silent here and samples_since_fired >= dead_after;  unseen = silent here and not dead
+        dead = samples_since_fired >= dead_after;  unseen = silent here and not dead
 
     Latent i fires on x when z_i > 1e-6 |W_enc_i| |x|. `samples_since_fired` (n_latents,) is what training
     counted; None counts on the rows given. Without `dead_after` the rows given are the window: silent is dead and

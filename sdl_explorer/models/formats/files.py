@@ -46,6 +46,16 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise ValueError(f"{path} is truncated or damaged ({error}). Copy or write it again.") from error
 
 
+def read_names(path: Path) -> set[str]:
+    """The names of the tensors in a safetensors file, which stay on disk."""
+    read_header(path)
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            return set(file.keys())
+    except SafetensorError as error:
+        raise ValueError(f"{path} is truncated or damaged ({error}). Copy or write it again.") from error
+
+
 def read_json(path: Path) -> dict:
     """The object in a JSON file."""
     _check_content(path)
