@@ -1,11 +1,23 @@
 """The Linear Representation Bench at the size of arXiv 2512.05534, without anchors."""
 
+import os
+
 import pytest
+import torch
 
 from sdl_explorer import LinearBench, Session, TopK, align
 
 
+@pytest.fixture
+def all_cores():
+    before = torch.get_num_threads()
+    torch.set_num_threads(os.cpu_count() or 1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("all_cores")
 @pytest.mark.timeout(900)
 def test_topk_recovers_nearly_all_features_in_decoder_and_response_and_none_in_the_encoder():
     source = LinearBench(n_features=1000, d_in=768, sparsity=0.99, max_interference=0.1)
