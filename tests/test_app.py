@@ -300,13 +300,34 @@ def test_one_failing_card_leaves_the_others(explorer, monkeypatch):
 
 
 def test_filter_selects_and_the_strictest_is_named(explorer):
+    from sdl_explorer import align
+
     frame = shown(explorer)
     explorer.desk.filter(("firing_rate", ">", 2.0), ("latent", ">", 3))
     assert frame.filters.said.text.startswith("0 of 24 latents. The strictest filter is firing_rate > 2.0 (removes 24).")
     explorer.desk.filter(("latent", ">", 20))
     assert explorer.selection == (21, 22, 23)
+    assert explorer.state.primary_latent == 21
+    assert explorer.state.primary_feature == explorer.session.find(align).per_latent.decoder_feature[21]
+    assert frame.inspector.facts.text.startswith("3 selected; showing latent 21.")
     explorer.desk.clear_filters()
     assert explorer.selection == ()
+    assert not frame.filters._view.visible
+
+
+def test_a_box_of_latents_is_counted_and_can_be_cleared(explorer):
+    frame = shown(explorer)
+    explorer.desk.select(latents=(5, 3, 8))
+    assert frame.filters._view.visible
+    (chip,) = frame.filters._chips.objects
+    assert chip.label == "3 latents selected ×"
+    assert frame.inspector.facts.text.startswith("3 selected; showing latent 5.")
+    chip.clicks += 1
+    assert explorer.selection == ()
+    assert not frame.filters._view.visible
+    explorer.selection = (4,)
+    assert not frame.filters._view.visible
+    assert "selected" not in frame.inspector.facts.text
 
 
 def test_settings_wait_for_apply_and_follow_a_cell(explorer):

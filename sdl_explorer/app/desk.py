@@ -219,7 +219,10 @@ class Desk(Reader):
         latents = self.state.selected_latents if table is None else tuple(np.flatnonzero(keep(chosen, table)).tolist())
         changes = {"filters": chosen, "selected_latents": latents if chosen else ()}
         if chosen and self.state.primary_latent not in latents:
-            changes["primary_latent"] = latents[0] if latents else None
+            primary = latents[0] if latents else None
+            feature = matched_feature(primary, self.value(align))
+            features = () if feature is None else (feature,)
+            changes |= {"primary_latent": primary, "primary_feature": feature, "selected_features": features}
         self.state.param.update(**changes)
         self.poll()
 

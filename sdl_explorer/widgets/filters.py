@@ -1,4 +1,4 @@
-"""Filters as chips, each with an ×; a filter selects the latents that pass."""
+"""Filters as chips, each with an ×; a filter selects the latents that pass. One more chip counts what is selected."""
 
 import panel as pn
 import panel_material_ui as pmui
@@ -21,18 +21,23 @@ class FilterChips(pn.viewable.Viewer):
 
     def refresh(self) -> None:
         filters, table = self.host.state.filters, self.host.cached_table()
-        if self._drawn == (filters, id(table)):
+        selected = len(self.host.state.selected_latents)
+        if self._drawn == (filters, selected, id(table)):
             return
-        self._drawn = (filters, id(table))
-        self._view.visible = bool(filters)
-        if not filters:
+        self._drawn = (filters, selected, id(table))
+        self._view.visible = bool(filters) or selected > 1
+        if not self._view.visible:
             return
         chip = lambda label, name, click: pmui.Button(
             label=label, size="small", variant="outlined", margin=(2, 4), on_click=click, css_classes=[f"sdlx-{name}"]
         )
         chips = [chip(f"{one.label} ×", "chip", lambda event, one=one: self._remove(one)) for one in filters]
-        self._chips.objects = [*chips, chip("Clear all", "clear-all", lambda event: self.host.clear_filters())]
-        self.said.text = "" if table is None else self._say(filters, table)
+        if filters:
+            chips.append(chip("Clear all", "clear-all", lambda event: self.host.clear_filters()))
+        if selected > 1:
+            chips.append(chip(f"{count(selected)} latents selected ×", "selected", lambda event: self.host.select(latents=())))
+        self._chips.objects = chips
+        self.said.text = self._say(filters, table) if filters and table is not None else ""
 
     def _say(self, filters, table) -> str:
         kept = int(keep(filters, table).sum())

@@ -5,7 +5,7 @@ import panel_material_ui as pmui
 
 from sdl_explorer.diagnosis.alignment import align
 from sdl_explorer.diagnosis.health import check_health
-from sdl_explorer.views.words import NO_SELECTION
+from sdl_explorer.views.words import NO_SELECTION, count
 from sdl_explorer.widgets.kit import Html, Text
 
 
@@ -56,6 +56,9 @@ class Inspector(pn.viewable.Viewer):
         state, latent = self.host.state, self.host.state.primary_latent
         lines, feature_lines = self.host.inspect()
         examples = self.host.example_cards()
+        selected = len(state.selected_latents)
+        if latent is not None and selected > 1:
+            lines = [f"{count(selected)} selected; showing latent {latent}.", *lines]
         if self._drawn == (latent, lines, feature_lines, examples, state.theme):
             return
         self._drawn = (latent, lines, feature_lines, examples, state.theme)

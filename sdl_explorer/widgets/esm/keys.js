@@ -1,7 +1,7 @@
 // Keys are heard on the app's root element: JupyterLab's command mode owns the document. A served page is alone in its
 // document, and with nothing focused its keys go to the body, so there the body is the root.
 const FIELDS = new Set(["INPUT", "TEXTAREA", "SELECT", "OPTION"])
-const ROLES = new Set(["slider", "spinbutton", "textbox", "combobox", "listbox", "option", "menu", "menuitem", "grid", "tab", "dialog"])
+const ROLES = new Set(["slider", "spinbutton", "textbox", "combobox", "listbox", "option", "menu", "menuitem", "grid", "dialog"])
 const NAMED = { " ": "Space", ".": "step", "?": "help", ArrowLeft: "previous", ArrowRight: "next", Escape: "escape" }
 
 function root_of(el) {
@@ -33,6 +33,7 @@ function busy(event) {
   for (const node of event.composedPath()) {
     if (!(node instanceof Element)) { continue }
     if (FIELDS.has(node.tagName) || node.isContentEditable || ROLES.has(node.getAttribute("role"))) { return true }
+    if (node.getAttribute("role") === "tab" && event.key.startsWith("Arrow")) { return true }
     if (node.tagName === "BUTTON" && (event.key === " " || event.key === "Enter")) { return true }
     if (node.classList.contains("frame") && node.tabIndex === 0) { return true }
   }
