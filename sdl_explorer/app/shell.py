@@ -45,6 +45,8 @@ class Frame(pn.viewable.Viewer):
         self.question = self._button("? Help", "help", lambda event: self._toggle_help())
         self.keys, self.arrival = Keys(self._key, active=host.state.keyboard), Arrival()
         served = pn.state.curdoc is not None and bool(pn.state.curdoc.session_context)
+        for page in () if served else self.pages.values():  # a part that comes later would bring the whole script of Material UI
+            page.show(True)
         content = pmui.Column(
             *self.pages.values(), sizing_mode="stretch_both" if served else "stretch_width", scroll="y" if served else False, margin=0
         )

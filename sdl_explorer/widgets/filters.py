@@ -13,7 +13,7 @@ class FilterChips(pn.viewable.Viewer):
         super().__init__()
         self.host, self._drawn = host, None
         self.said = Text("", role="status", css_classes=["sdlx-filter-said"])
-        self._chips = pn.FlexBox(margin=0)
+        self._chips = pn.Row(margin=0, styles={"flex-wrap": "wrap"})  # in a notebook a FlexBox takes later stylesheets from the internet
         self._view = pmui.Column(self._chips, self.said, visible=False, sizing_mode="stretch_width", margin=0, css_classes=["sdlx-filters"])
 
     def __panel__(self):
