@@ -244,10 +244,13 @@ def test_without_truth_it_opens_on_overview_and_says_what_is_missing():
 
     explorer = explore(torch.randn(400, 6), n_latents=24)
     frame = shown(explorer)
+    assert card(frame, "R2").title.text == card(frame, "R2").view.question
     assert explorer.state.page == "Overview"
     assert explorer.desk.recovery() is None
     shown(explorer, "Alignment")
     explorer.desk.settle()
+    assert card(frame, "A2").title.text == "How well does each row match what fires its latent?"
+    assert "τ" not in frame.inspector.facts.text
     assert frame.banner.visible
     assert frame.banner.text == "No ground truth: recovery cannot be computed. Add anchors or class means →"
     with pytest.raises(ValueError, match="feature_table compares with true features"):

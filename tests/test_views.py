@@ -301,6 +301,10 @@ def test_without_truth_rows_are_compared_with_what_fires_them(found):
     figure = hv.render(element, backend="bokeh")
     assert "target response" in figure.xaxis[0].axis_label
     assert figure.title.text.startswith("No truth")
+    assert best_match.title(None, health, Look()) == "How well does each row match what fires its latent?"
+    assert best_match.title(found[align], health, Look()) == best_match.question
+    guides = lambda overlay: sum(isinstance(layer, hv.VLine | hv.HLine) for layer in overlay)
+    assert (guides(element), guides(best_match(found[align], health, Look()))) == (0, 2)
     assert words.NO_TRUTH in best_match.reading(None, health, Look())
 
 
@@ -421,6 +425,15 @@ def test_a_selected_row_is_the_feature_that_ids_names(found):
     assert list(base["cosine"]) == list(feature_table.table(found[align], found[check_health], Look())["cos decoder"])
 
 
+def test_what_became_of_the_features_adds_up(found):
+    said = feature_table.reading(found[align], found[check_health], Look())
+    head, own, others = re.fullmatch(r"(\d+) of .*? Recovered: (.*?)\. Others: (.*?)\.", said).groups()
+    numbers = lambda words: sum(int(n) for n in re.findall(r"(\d+) \w", words))
+    assert numbers(own) == int(head) == 7
+    assert numbers(own) + numbers(others) == N_FEATURES
+    assert "2 anchored" in others
+
+
 # history, log --------------------------------------------------------------------------------------------------------
 
 
@@ -474,7 +487,12 @@ def test_the_log_has_one_sentence_a_commit(found):
     assert [line.commit for line in lines] == ["ffff", "eeee", "dddd", "cccc", "bbbb", "aaaa"]
     assert lines[3].sentence == "step 500: resampled 3 dead latents"
     assert lines[3].python == "session.resample([1, 2, 3])"
-    assert lines[4].sentence == "step 500: automatic"
+    assert lines[4].sentence == "step 500: kept by itself while training"
+    said = lambda kind, message: log_lines([Commit("gggg", None, 1500, message, kind=kind)])[0].sentence
+    assert said("auto", "step 1500") == "step 1 500: kept by itself while training"
+    assert said("manual", "step 1500") == said("manual", "") == "step 1 500: kept by hand"
+    assert said("run", "step 1500, before a change of settings") == "step 1 500: before a change of settings"
+    assert said("manual", "step 15000 is next") == "step 1 500: step 15000 is next"
     assert [line.on_branch for line in lines] == [True, True, False, False, True, True]
     assert log_reading(()) == log_reading(None) == "Nothing has happened yet. Press ▸▸ to train 500 steps."
     assert log_lines(None) == ()

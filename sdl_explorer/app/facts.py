@@ -58,7 +58,7 @@ def latent_lines(row: pd.Series, word: str) -> list[str]:
         if row["firing_rate"] > 0
         else f"Silent in {count(row['samples_since_fired'])} samples: rate below {3 / max(row['samples_since_fired'], 1):.1g} at 95 %."
     )
-    lines = [f"{status.shape} {status.word}: {status.meaning}.", fires]
+    lines = [f"{status.shape} {status.word}: {status.meant('decoder_feature' in row)}.", fires]
     lines.append(f"Norms: encoder {row['encoder_norm']:.3f}, decoder {row['decoder_norm']:.3f}.")
     if "decoder_feature" in row:
         lines.append(f"Decoder writes {word} {row['decoder_feature_name']}: cosine {row['decoder_cosine']:.3f}.")

@@ -34,13 +34,11 @@ def best_match(alignment, health, look):
     layers = [_marks(drawn, look)]
     if len(drawn) < len(points):
         layers.insert(0, _counts(points, xlim, ylim, theme))
-    layers += [
-        hv.Curve([(low, low), (1, 1)], "x", "y").opts(color=EDGE[theme], line_width=1),
-        hv.VLine(look.tau).opts(color=EDGE[theme], line_width=1, line_dash="dashed"),
-        hv.HLine(look.tau).opts(color=EDGE[theme], line_width=1, line_dash="dashed"),
-        *_highlights(points, look),
-        *_legend(points, theme),
-    ]
+    layers.append(hv.Curve([(low, low), (1, 1)], "x", "y").opts(color=EDGE[theme], line_width=1))
+    if alignment is not None:  # what fires a latent is no match: it has no threshold
+        guides = hv.VLine(look.tau), hv.HLine(look.tau)
+        layers += [guide.opts(color=EDGE[theme], line_width=1, line_dash="dashed") for guide in guides]
+    layers += [*_highlights(points, look), *_legend(points, theme)]
     xlabel, ylabel = _axes(alignment)
     return frame(
         hv.Overlay(layers),
@@ -53,6 +51,11 @@ def best_match(alignment, health, look):
         height=480,
         brush=True,
     )
+
+
+@best_match.title
+def _(alignment, health, look):
+    return best_match.question if alignment is not None else "How well does each row match what fires its latent?"
 
 
 @best_match.reading

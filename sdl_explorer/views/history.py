@@ -18,6 +18,7 @@ from sdl_explorer.views.words import NEVER_TRAINED, NO_LOG, count, plural
 Ghosts = tuple[History, ...]  # in `of`: the curves of branches that were left
 PLANNED = 500  # steps on the axis of a run that has not begun
 PANELS = ("dead", "loss", "L0")
+SAID = {"auto": "kept by itself while training", "manual": "kept by hand"}  # of commits without words of their own
 QUIET = ("start", "run", "auto", "manual")  # commits that change nothing
 
 
@@ -56,7 +57,14 @@ def log_reading(commits: Commits | None) -> str:
 
 
 def _sentence(commit: Commit) -> str:
-    return f"step {count(commit.step)}: {commit.message or commit_mark(commit.kind).word}"
+    return f"step {count(commit.step)}: {_said(commit)}"
+
+
+def _said(commit: Commit) -> str:
+    """Its message without the step, which stands beside it; words for its kind where nothing is left."""
+    step, _, rest = commit.message.partition(", ")
+    message = rest if step == f"step {commit.step}" else commit.message
+    return message or SAID.get(commit.kind) or commit_mark(commit.kind).word
 
 
 # R2 ------------------------------------------------------------------------------------------------------------------
@@ -238,7 +246,7 @@ def _lanes(commits: Commits, head: str | None) -> pd.DataFrame:
             "commit": [c.id for c in commits],
             "parent": [c.parent or "" for c in commits],
             "kind": [c.kind for c in commits],
-            "message": [c.message or commit_mark(c.kind).word for c in commits],
+            "message": [_said(c) for c in commits],
             "on_branch": [c.id in own for c in commits],
             "head": [c.id == here for c in commits],
         }

@@ -43,6 +43,10 @@ class Token:
     hollow: bool = False
     light_edge: str = ""
 
+    def meant(self, compared: bool = True) -> str:
+        """Its meaning; `compared`: there is truth, or an anchor, to match."""
+        return self.meaning if compared or self.name != "unmatched" else "alive; nothing to match it with"
+
     def colour(self, theme: str) -> str:
         return self.light if theme == "light" else self.dark
 

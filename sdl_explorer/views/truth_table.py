@@ -58,9 +58,13 @@ def feature_table(alignment, health, look):
 def _(alignment, health, look):
     if alignment is None:
         return NO_TRUTH
-    verdicts = truth_table(alignment, health, look)["verdict"].str.replace(r" \d+$", "", regex=True)
-    words = ", ".join(f"{count(n)} {_past(verdict)}" for verdict, n in verdicts.value_counts().items())
-    return f"{recovery_words(alignment, look)} Verdicts: {words}."
+    rows = truth_table(alignment, health, look)
+    verdicts = rows["verdict"].str.replace(r" \d+$", "", regex=True)
+    above = (rows[f"cos {look.side}"] > look.tau) & (verdicts != "anchored")
+    found = _numbers(verdicts[above], {"recovered": "by one latent", "split into": "by several"})
+    rest = _numbers(verdicts[~above], {"split into": "split over several", "merged with": "merged with others"})
+    sentences = [f"{name}: {words}." for name, words in (("Recovered", found), ("Others", rest)) if words]
+    return " ".join([recovery_words(alignment, look), *sentences])
 
 
 @feature_table.table
@@ -121,5 +125,5 @@ def _verdict(anchored: bool, cosine: float, full: int, partial: int, sharing: in
     return f"split into {partial}" if partial > 1 else "missed"
 
 
-def _past(verdict: str) -> str:
-    return {"split into": "split", "merged with": "merged"}.get(verdict, verdict)
+def _numbers(verdicts: pd.Series, words: dict[str, str]) -> str:
+    return ", ".join(f"{count(n)} {words.get(verdict, verdict)}" for verdict, n in verdicts.value_counts().items())

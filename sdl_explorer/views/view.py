@@ -12,6 +12,9 @@
     @best_match.empty                                     # why there is nothing to draw, or None
     def _(alignment, health, look): ...                   # -> str | None
 
+    @best_match.title                                     # optional: the question, where what is found changes it
+    def _(alignment, health, look): ...                   # -> str
+
     @best_match.ids                                       # optional: what row k of the first Points stands for
     def _(alignment, health, look): ...                   # -> int array
 
@@ -47,8 +50,8 @@ class Before:
 class _Part:
     """Given one function it registers it (a decorator); given findings it answers with the registered function."""
 
-    def __init__(self, owner: "View", name: str):
-        self._owner, self._name, self.function = owner, name, None
+    def __init__(self, owner: "View", name: str, function: Callable | None = None):
+        self._owner, self._name, self.function = owner, name, function
 
     def __call__(self, *given):
         if len(given) == 1 and isinstance(given[0], FunctionType):
@@ -68,6 +71,7 @@ class View:
         update_wrapper(self, draw)
         self.draw, self.question, self.id, self.of, self.page, self.cost = draw, question, id, of, page, cost
         self.reading, self.table, self.empty, self.ids = (_Part(self, name) for name in ("reading", "table", "empty", "ids"))
+        self.title = _Part(self, "title", lambda *found: question)
 
     def __repr__(self) -> str:
         return f"<view {self.id}: {self.question}>"

@@ -53,9 +53,9 @@ class Card(pn.viewable.Viewer):
         self._plot = pn.Column(sizing_mode="stretch_width", margin=0)
         self._table = pn.Column(sizing_mode="stretch_width", visible=False, margin=(0, 10))
         self._twin = None
-        title = Text(view.question, tag="h2", css_classes=["sdlx-title"])
+        self.title = Text(view.question, tag="h2", css_classes=["sdlx-title"])
         self._view = pmui.Paper(
-            pmui.Row(title, self.menu, sizing_mode="stretch_width", margin=0),
+            pmui.Row(self.title, self.menu, sizing_mode="stretch_width", margin=0),
             self.reading,
             self.words,
             self._plot,
@@ -104,6 +104,7 @@ class Card(pn.viewable.Viewer):
         if found.error is not None:
             self._say(self.host.failure(found.error) if diverged is None else not_finite(diverged.step))
             return
+        self.title.text = self.view.title(*found.values, look)
         why = self.view.empty(*found.values, look)
         if why is not None:
             self._say(why)

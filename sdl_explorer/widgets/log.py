@@ -40,7 +40,8 @@ class Log(pn.viewable.Viewer):
         self._drawn, self._row = (commits, head), None
         self.reading.text = log_reading(commits)
         frame = log_table(commits, self.host.look())
-        self.table.show(frame[["step", "shape", "sentence", "commit", "on_branch"]])
+        frame["branch"] = frame["on_branch"].map({True: "this branch", False: "another branch"})
+        self.table.show(frame[["shape", "sentence", "branch", "commit"]])  # the sentence begins with the step
 
     def _chosen(self, rows: list[int]) -> None:
         self._row = rows[0] if rows else None
