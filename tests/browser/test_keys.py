@@ -22,6 +22,15 @@ def test_a_dark_system_gets_a_dark_page_and_keys_are_heard(open_page, served: st
 
     page.keyboard.press("2")
     expect(page.get_by_role("tab", name="Alignment")).to_have_attribute("aria-selected", "true", timeout=SLOW)
+    page.get_by_role("tab", name="Compare").click()  # a tab that was clicked keeps the focus, and the page its keys
+    title = page.locator(".sdlx-inspector-title")
+    expect(title).to_contain_text("Latent ", timeout=SLOW)
+    latent = title.get_by_role("heading").inner_text()
+    page.keyboard.press("ArrowLeft")
+    expect(page.get_by_role("tab", name="Intervene")).to_have_attribute("aria-selected", "true", timeout=SLOW)
+    page.keyboard.press("2")
+    expect(page.get_by_role("tab", name="Alignment")).to_have_attribute("aria-selected", "true", timeout=SLOW)
+    expect(title).to_have_text(latent)  # the arrow was the tabs' alone
     page.keyboard.press("/")
     assert page.evaluate(FOCUSED).startswith("INPUT")
     page.keyboard.type("5")
