@@ -48,15 +48,16 @@ def log_lines(commits: Commits | None, look: Look = Look()) -> tuple[LogLine, ..
     """C5: one sentence per commit, newest first. Where there are none, show `words.NO_LOG`."""
     own = {c.id for c in lineage(commits or (), look.head)}
     return tuple(
-        LogLine(c.id, c.step, c.kind, commit_mark(c.kind).shape, _sentence(c), c.python, c.id in own) for c in reversed(commits or ())
+        LogLine(c.id, c.step, c.kind, commit_mark(c.kind).shape, sentence(c), c.python, c.id in own) for c in reversed(commits or ())
     )
 
 
 def log_reading(commits: Commits | None) -> str:
-    return f"{plural(len(commits), 'commit')}. The newest: {_sentence(commits[-1])}." if commits else NO_LOG
+    return f"{plural(len(commits), 'commit')}. The newest: {sentence(commits[-1])}." if commits else NO_LOG
 
 
-def _sentence(commit: Commit) -> str:
+def sentence(commit: Commit) -> str:
+    """'step 1 240: resampled 8 latents', as read aloud."""
     return f"step {count(commit.step)}: {_said(commit)}"
 
 
@@ -163,7 +164,7 @@ def _ticks(changes: list, commits: Commits, ylim, look: Look) -> hv.Points:
         "marker": [commit_mark(c.kind).marker for c in changes],
         "alpha": [1.0 if c.id in own else 0.35 for c in changes],
         "commit": [c.id for c in changes],
-        "what": [_sentence(c) for c in changes],
+        "what": [sentence(c) for c in changes],
     }
     points = hv.Points(rows, ["step", "at"], ["marker", "alpha", "commit", "what"])
     tips = [("", "@what"), ("commit", "@commit")]

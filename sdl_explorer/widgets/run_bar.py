@@ -18,8 +18,8 @@ def say_rate(snapshot) -> str:
     if not snapshot.running or not snapshot.rate:
         return ""
     eta = (snapshot.target - snapshot.step) / snapshot.rate
-    left = f"ETA {eta:,.0f} s" if eta < 90 else f"ETA {eta / 60:,.0f} min"
-    return f"{snapshot.rate:,.0f} it/s" + (f" · {left}" if snapshot.target - snapshot.step < ENDLESS // 2 else "")
+    left = f"ETA {eta:.0f} s" if eta < 90 else f"ETA {count(round(eta / 60))} min"
+    return f"{count(round(snapshot.rate))} it/s" + (f" · {left}" if snapshot.target - snapshot.step < ENDLESS // 2 else "")
 
 
 def say_status(snapshot, recovery: float | None) -> str:
@@ -89,9 +89,9 @@ class RunBar(pn.viewable.Viewer):
     def _warn(self, snapshot, session) -> None:
         text, diverged, converged = "", snapshot.diverged is not None, snapshot.converged is not None
         if diverged:
-            text = f"Diverged at step {snapshot.diverged.step} (lr {snapshot.diverged.lr:g})."
+            text = f"Diverged at step {count(snapshot.diverged.step)} (lr {snapshot.diverged.lr:g})."
             last = snapshot.diverged.last_finite
-            self.repair.label = "Revert" if last is None else f"Revert to {last.step}"
+            self.repair.label = "Revert" if last is None else f"Revert to {count(last.step)}"
         elif converged:
             text = "Loss changed < 0.01 % over 500 steps – paused."
         elif snapshot.error:

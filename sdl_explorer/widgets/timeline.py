@@ -3,14 +3,10 @@
 import panel as pn
 import panel_material_ui as pmui
 
+from sdl_explorer.views.history import sentence
 from sdl_explorer.views.theme import commit_mark
 from sdl_explorer.views.words import count
 from sdl_explorer.widgets.kit import CommitTicks, Text
-
-
-def describe(commit) -> str:
-    """'step 1,240: resampled 8 latents', as read aloud."""
-    return f"step {count(commit.step)}: {commit.message or commit_mark(commit.kind).word}"
 
 
 def lineage(commits, head) -> set[str]:
@@ -52,7 +48,7 @@ class Timeline(pn.viewable.Viewer):
                 "step": f"{count(commit.step)}",
                 "glyph": commit_mark(commit.kind).shape,
                 "kind": commit.kind,
-                "label": describe(commit) + (" (checked out)" if head and commit.id == head.id else ""),
+                "label": sentence(commit) + (" (checked out)" if head and commit.id == head.id else ""),
                 "current": bool(head and commit.id == head.id),
                 "ghost": commit.id not in line,
             }
@@ -63,7 +59,7 @@ class Timeline(pn.viewable.Viewer):
         picked = self._picked()
         self._detail.visible = picked is not None
         if picked is not None:
-            self.said.text = describe(picked)
+            self.said.text = sentence(picked)
             self.checkout.disabled = self.host.snapshot.running or not self.host.session.writable
         else:
             self.python.visible = False
@@ -78,7 +74,7 @@ class Timeline(pn.viewable.Viewer):
 
     async def _checkout(self, event) -> None:
         commit = self._picked()
-        await self.host.do(self.host.session.revert, commit, said=f"Checked out {describe(commit)}. Nothing was deleted.")
+        await self.host.do(self.host.session.revert, commit, said=f"Checked out {sentence(commit)}. Nothing was deleted.")
 
     def _compare(self, event) -> None:
         head = self.host.session.head
