@@ -242,12 +242,12 @@ class Session(param.Parameterized):
         """The same without waiting; with `converge`, pause when the loss changed by less than 0.01 % in 500 steps."""
         return self._begin(n, only, converge)
 
-    def stop(self) -> None:
-        """End the run within one step, and wait for that."""
+    def stop(self, wait: bool = True) -> None:
+        """End the run, or the control pairs, within one step; with `wait`, return when the run has ended."""
         self._stop.set()
         with self._publishing:
             self.snapshot = replace(self.snapshot, stopping=self.snapshot.running, version=self.snapshot.version + 1)
-        if self._future is not None:
+        if wait and self._future is not None:
             self._future.exception()  # waits; whoever started the run gets the error
 
     def plan(self, intervention: Intervention) -> Plan:

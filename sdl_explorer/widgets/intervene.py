@@ -304,8 +304,8 @@ class ControlForm(pn.viewable.Viewer):
                 f"With and without the {last.kind} of step {count(last.step)}, and a sham that resets the same latents at random."
             )
 
-    async def _cancel(self, event) -> None:
-        await self.host.do(self.host.session.stop)
+    def _cancel(self, event) -> None:
+        self.host.session.stop(wait=False)  # not behind the pairs themselves
 
     async def _run(self, event=None) -> None:
         await self.host.do(self.host.session.control, self.steps.value, self.pairs.value)

@@ -123,7 +123,8 @@ class RunBar(pn.viewable.Viewer):
         """Play until it converges or somebody stops it; stop within one step."""
         if self.host.session.running:
             self.play.label, self.play.disabled = "Stopping…", True
-            await self.host.do(self.host.session.stop)
+            self.host.session.stop(wait=False)  # not behind other commands
+            self.host.poll()
         else:
             await self.host.do(functools.partial(self.host.session.start, converge=True), self._most(ENDLESS))
 
