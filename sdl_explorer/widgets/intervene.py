@@ -6,7 +6,7 @@ import panel_material_ui as pmui
 from sdl_explorer.training.interventions import Anchor, Resample
 from sdl_explorer.views.plan import plan_table
 from sdl_explorer.views.words import NO_ANCHORS, count, no_dead, plural
-from sdl_explorer.widgets.kit import Text
+from sdl_explorer.widgets.kit import GROWS, Text
 from sdl_explorer.widgets.table_twin import TableTwin
 
 DEAD, SELECTED = "the dead latents", "the selected latents"
@@ -189,7 +189,7 @@ class Preview(pn.viewable.Viewer):
         self.apply = _button("Apply", "apply", self._apply, variant="contained")
         self.drop = _button("Drop the chosen rows", "drop", self._drop)
         self.discard = _button("Discard", "discard", self._discard)
-        self._view = pmui.Column(
+        self._view = pn.Column(
             card,
             _paper(
                 "Rows of the preview", self.table, self.said, pmui.Row(self.apply, self.drop, self.discard, margin=0), name="preview"
@@ -197,6 +197,7 @@ class Preview(pn.viewable.Viewer):
             visible=False,
             sizing_mode="stretch_width",
             margin=0,
+            stylesheets=GROWS,
             css_classes=["sdlx-preview-block"],
         )  # fmt: skip
 

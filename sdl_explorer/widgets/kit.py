@@ -14,6 +14,8 @@ button:focus-visible { outline: 2px solid currentColor; outline-offset: 2px }
 button[aria-pressed=true] { background: color-mix(in srgb, currentColor 16%, transparent) }
 """
 
+GROWS = [":host { max-height: none !important }"]  # else a Column in a scrolling one ends with the window, and lies over the next
+
 
 class Text(JSComponent):
     """One piece of live text. `role="status"` has it read aloud when it changes."""

@@ -4,7 +4,7 @@ import logging
 
 import panel as pn
 
-from sdl_explorer.widgets.kit import Text
+from sdl_explorer.widgets.kit import GROWS, Text
 
 log = logging.getLogger(__name__)
 
@@ -20,6 +20,7 @@ class Page(pn.viewable.Viewer):
             visible=visible,
             sizing_mode="stretch_width",
             margin=0,
+            stylesheets=GROWS,
             css_classes=["sdlx-page", f"sdlx-page-{title.lower()}"],
         )
 
