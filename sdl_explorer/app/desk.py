@@ -22,6 +22,7 @@ from sdl_explorer.training.interventions import Intervention
 
 log = logging.getLogger(__name__)
 PERIOD = 200  # milliseconds between looks at the session
+BRIEFLY = 0.3  # seconds that a new display waits for its first numbers
 IDLE = 10  # looks between two checks whether another process has written
 
 
@@ -80,7 +81,8 @@ class Desk(Reader):
                 self._point_at_worst()
             displays = [display for display in self._displays if display.arrival.there]
             looks = tuple(self.state.param.values().items())
-            seen = (self.snapshot.version, self.findings.serial, looks, id(self.plan), self.message, len(displays))
+            drawn = tuple(display.arrival.drawn for display in displays)
+            seen = (self.snapshot.version, self.findings.serial, looks, id(self.plan), self.message, drawn)
             if seen != self._seen:
                 self._seen = seen
                 with pn.io.hold():
@@ -102,10 +104,13 @@ class Desk(Reader):
             self.poll()
             if not self.findings.busy:
                 return
-            self.findings.wait(seconds)
+            if not self.findings.wait(seconds):
+                raise TimeoutError(f"Explorer: the findings were not there after {seconds:g} s.")
 
     def show(self, display) -> None:
         """Keep a display up to date from now on."""
+        self.findings.want(*display.needs(), self.session.snapshot)
+        self.findings.wait(BRIEFLY)
         self._displays.append(display)
         self._seen = None
         if self._timer is None:

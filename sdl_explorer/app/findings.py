@@ -6,7 +6,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -100,12 +100,12 @@ class Findings:
         self.serial += 1
         return True
 
-    def wait(self, seconds: float = 60.0) -> None:
-        """For scripts and tests: until the running job is over, and take it in."""
-        for future in [self._job, *(self._asked[key] for key in self._waiting)]:
-            if future is not None:
-                future.exception(timeout=seconds)
+    def wait(self, seconds: float) -> bool:
+        """Wait this long for what is running, and take in what has arrived; is all of it here?"""
+        running = [future for future in (self._job, *(self._asked[key] for key in self._waiting)) if future is not None]
+        late = wait(running, timeout=seconds).not_done
         self.collect()
+        return not late
 
     def forget(self) -> None:
         """Another session: nothing is known."""

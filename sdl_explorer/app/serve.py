@@ -1,6 +1,7 @@
 """The served app: every visitor has a session of their own, bounded, and cleaned up when they leave."""
 
 import atexit
+import gc
 import logging
 import shutil
 import socket
@@ -173,6 +174,8 @@ def _warm(device: str) -> None:
         release_refs(page)
     finally:
         _leave(guest)
+    gc.collect()
+    gc.freeze()  # what is there now stays: no need to look through it while somebody waits
 
 
 def release_refs(component) -> None:

@@ -11,17 +11,19 @@ from sdl_explorer.views.words import NO_TRUTH
 from sdl_explorer.widgets.arrival import Arrival
 from sdl_explorer.widgets.filters import FilterChips
 from sdl_explorer.widgets.inspector import Inspector
-from sdl_explorer.widgets.kit import Keys, PageTabs, Text
+from sdl_explorer.widgets.kit import Keys, PageTabs, Text, button, row, served, stack
 from sdl_explorer.widgets.run_bar import RunBar
 from sdl_explorer.widgets.settings import Settings
 from sdl_explorer.widgets.timeline import Timeline
 
 log = logging.getLogger(__name__)
+FIRST = 2  # parts of a page that are on the first screen
 UNDO = "Undoes what you see. To undo a change to the model, use the timeline."
 HELP = """Space plays and pauses · . one step · Shift+. the chosen number of steps · ← → previous and next latent · 1 to 4 pages
 / search a latent · A anchor the primary · R preview a resample · T tables · Esc close, then clear · Ctrl+Z undoes what you see
 In a table: ↑ ↓ PgUp PgDn Home End move the row, and the row is the selection."""
-ON_BAR = {"sizing_mode": None, "styles": {"color": "#FFFFFF"}, "align": "center"}
+ON_BAR = {"variant": "text", "margin": (4, 2), "sx": {"color": "#FFFFFF", "&.Mui-disabled": {"color": "rgba(255, 255, 255, 0.65)"}}}
+NAMES = {"sizing_mode": None, "styles": {"color": "#FFFFFF"}, "align": "center"}
 
 
 class Frame(pn.viewable.Viewer):
@@ -38,28 +40,30 @@ class Frame(pn.viewable.Viewer):
         self.banner = Text(NO_TRUTH, tone="warning", visible=False, css_classes=["sdlx-banner"])
         self.message = Text("", role="status", tone="warning", visible=False, css_classes=["sdlx-message"])
         self.help = Text(HELP, tone="quiet", visible=False, css_classes=["sdlx-help-text"])
-        self.live = Text("", tone="badge", **ON_BAR, css_classes=["sdlx-live"])
-        self.title = Text("", tag="h1", **ON_BAR, css_classes=["sdlx-run-name"])
-        self.undo = self._button("⟲ Undo", "undo", lambda event: self._step(host.state.undo), description=UNDO)
-        self.redo = self._button("⟳ Redo", "redo", lambda event: self._step(host.state.redo), description=UNDO)
-        self.question = self._button("? Help", "help", lambda event: self._toggle_help())
+        self.live = Text("", tone="badge", **NAMES, css_classes=["sdlx-live"])
+        self.title = Text("", tag="h1", **NAMES, css_classes=["sdlx-run-name"])
+        self.undo = button("⟲ Undo", "undo", lambda event: self._step(host.state.undo), **ON_BAR, description=UNDO)
+        self.redo = button("⟳ Redo", "redo", lambda event: self._step(host.state.redo), **ON_BAR, description=UNDO)
+        self.question = button("? Help", "help", lambda event: self._toggle_help(), **ON_BAR)
         self.keys, self.arrival = Keys(self._key, active=host.state.keyboard), Arrival()
-        served = pn.state.curdoc is not None and bool(pn.state.curdoc.session_context)
-        for page in () if served else self.pages.values():  # a part that comes later would bring the whole script of Material UI
-            page.show(True)
-        content = pmui.Column(
-            *self.pages.values(), sizing_mode="stretch_both" if served else "stretch_width", scroll="y" if served else False, margin=0
-        )
+        self._later = {part: stack() for part in (self.settings, self.filters, self.timeline, self.inspector)}
+        self._actions, self._whole = row(sizing_mode=None), False
+        if not served():
+            self._complete()
+            for page in self.pages.values():
+                page.show(True)
+        fill = {"sizing_mode": "stretch_both"} if served() else {}
+        content = stack(*self.pages.values(), **fill, scroll="y" if served() else False)
         self.page = pmui.Page(
             title="",
             meta_title="SDL Explorer",
-            header=[self.title, self.live, pn.HSpacer(), self.undo, self.redo, self.question],
-            sidebar=[self.settings],
+            header=[self.title, self.live, pn.HSpacer(), self._actions],
+            sidebar=[self._later[self.settings]],
             sidebar_width=280,
-            sidebar_open=served,
-            contextbar=[self.inspector],
+            sidebar_open=served(),
+            contextbar=[self._later[self.inspector]],
             contextbar_width=360,
-            contextbar_open=served,
+            contextbar_open=served(),
             contextbar_variant="persistent",
             dark_theme=host.state.theme == "dark",
             busy_indicator=None,
@@ -68,37 +72,23 @@ class Frame(pn.viewable.Viewer):
                 "& .MuiDrawer-paper": {"pointerEvents": "auto"},
             },  # closed ones cover the page
             main=[
-                pmui.Column(
+                stack(
                     self.tabs,
                     self.help,
                     self.message,
                     self.banner,
-                    self.filters,
+                    self._later[self.filters],
                     content,
-                    self.timeline,
+                    self._later[self.timeline],
                     self.run_bar,
                     self.keys,
                     self.arrival,
-                    sizing_mode="stretch_both" if served else "stretch_width",
-                    margin=0,
+                    **fill,
                 )
             ],
             css_classes=["sdlx-app"],
         )
         self.page.param.watch(lambda event: self._dress(event.new), "dark_theme")
-
-    @staticmethod
-    def _button(label: str, name: str, click, **more) -> pmui.Button:
-        return pmui.Button(
-            label=label,
-            on_click=click,
-            variant="text",
-            size="small",
-            margin=(4, 2),
-            css_classes=[f"sdlx-{name}"],
-            sx={"color": "inherit"},
-            **more,
-        )
 
     def __panel__(self):
         return self.page
@@ -115,8 +105,10 @@ class Frame(pn.viewable.Viewer):
 
     def refresh(self) -> None:
         host, state, snapshot = self.host, self.host.state, self.host.snapshot
+        if self.arrival.drawn:
+            self._complete()
         for title, page in self.pages.items():
-            page.show(title == state.page)
+            page.show(title == state.page, most=None if self._whole else FIRST)
         self.tabs.value = state.page
         self.title.text = host.name_of_run()
         self.live.text = host.live_word()
@@ -124,13 +116,21 @@ class Frame(pn.viewable.Viewer):
         self.message.text, self.message.visible = host.message, bool(host.message)
         self.banner.visible = not host.has_truth and state.page == "Alignment"
         self.page.dark_theme = state.theme == "dark"
-        for part in (self.run_bar, self.timeline, self.settings, self.filters, self.inspector, self.shown):
+        for part in (self.shown, self.run_bar, *(self._later if self._whole else ())):
             try:
                 part.refresh()
             except Exception as error:  # one part fails, the frame stays, and says so
                 log.exception("refresh of %s", type(part).__name__)
                 self.message.text, self.message.visible = f"{type(part).__name__}: {host.failure(error)}", True
         self.keys.active = state.keyboard and not snapshot.stopping
+
+    def _complete(self) -> None:
+        """What stands around the page comes when a browser has drawn the page itself: the first screen is there sooner."""
+        if not self._whole:
+            self._whole = True
+            self._actions.objects = [self.undo, self.redo, self.question]
+            for part, place in self._later.items():
+                place.append(part)
 
     def _turn(self, page: str) -> None:
         if page in PAGES and page != self.host.state.page:

@@ -5,12 +5,11 @@ from dataclasses import fields
 
 import holoviews as hv
 import panel as pn
-import panel_material_ui as pmui
 
 from sdl_explorer.views.look import Look
 from sdl_explorer.views.view import View
 from sdl_explorer.views.words import count, not_finite
-from sdl_explorer.widgets.kit import CardMenu, Text
+from sdl_explorer.widgets.kit import CardMenu, Text, row, sheet, stack
 from sdl_explorer.widgets.selection import PlotLink
 from sdl_explorer.widgets.table_twin import TableTwin
 
@@ -50,23 +49,18 @@ class Card(pn.viewable.Viewer):
         self._link = PlotLink(host)
         self._reads: set[str] = set()
         self._redraw = None
-        self._plot = pn.Column(sizing_mode="stretch_width", margin=0)
-        self._table = pn.Column(sizing_mode="stretch_width", visible=False, margin=(0, 10))
+        self._plot, self._table = stack(), stack(visible=False, margin=(0, 10))
         self._twin = None
         self.title = Text(view.question, tag="h2", css_classes=["sdlx-title"])
-        self._view = pmui.Paper(
-            pmui.Row(self.title, self.menu, sizing_mode="stretch_width", margin=0),
+        self._view = sheet(
+            row(self.title, self.menu),
             self.reading,
             self.words,
             self._plot,
             self._table,
             self.about,
             self.stamp,
-            elevation=0,
-            variant="outlined",
-            sizing_mode="stretch_width",
-            margin=(8, 10),
-            css_classes=["sdlx-card", f"sdlx-card-{view.id}"],
+            name=f"card-{view.id}",
         )
 
     def __panel__(self):

@@ -1,11 +1,10 @@
 """Filters as chips, each with an ×; a filter selects the latents that pass. One more chip counts what is selected."""
 
 import panel as pn
-import panel_material_ui as pmui
 
 from sdl_explorer.state import keep, strictest
 from sdl_explorer.views.words import count
-from sdl_explorer.widgets.kit import Text
+from sdl_explorer.widgets.kit import Text, button, stack
 
 
 class FilterChips(pn.viewable.Viewer):
@@ -14,7 +13,7 @@ class FilterChips(pn.viewable.Viewer):
         self.host, self._drawn = host, None
         self.said = Text("", role="status", css_classes=["sdlx-filter-said"])
         self._chips = pn.Row(margin=0, styles={"flex-wrap": "wrap"})  # in a notebook a FlexBox takes later stylesheets from the internet
-        self._view = pmui.Column(self._chips, self.said, visible=False, sizing_mode="stretch_width", margin=0, css_classes=["sdlx-filters"])
+        self._view = stack(self._chips, self.said, visible=False, css_classes=["sdlx-filters"])
 
     def __panel__(self):
         return self._view
@@ -28,14 +27,11 @@ class FilterChips(pn.viewable.Viewer):
         self._view.visible = bool(filters) or selected > 1
         if not self._view.visible:
             return
-        chip = lambda label, name, click: pmui.Button(
-            label=label, size="small", variant="outlined", margin=(2, 4), on_click=click, css_classes=[f"sdlx-{name}"]
-        )
-        chips = [chip(f"{one.label} ×", "chip", lambda event, one=one: self._remove(one)) for one in filters]
+        chips = [button(f"{one.label} ×", "chip", lambda event, one=one: self._remove(one)) for one in filters]
         if filters:
-            chips.append(chip("Clear all", "clear-all", lambda event: self.host.clear_filters()))
+            chips.append(button("Clear all", "clear-all", lambda event: self.host.clear_filters()))
         if selected > 1:
-            chips.append(chip(f"{count(selected)} latents selected ×", "selected", lambda event: self.host.select(latents=())))
+            chips.append(button(f"{count(selected)} latents selected ×", "selected", lambda event: self.host.select(latents=())))
         self._chips.objects = chips
         self.said.text = self._say(filters, table) if filters and table is not None else ""
 

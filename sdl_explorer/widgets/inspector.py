@@ -6,7 +6,7 @@ import panel_material_ui as pmui
 from sdl_explorer.diagnosis.alignment import align
 from sdl_explorer.diagnosis.health import check_health
 from sdl_explorer.views.words import NO_SELECTION, count
-from sdl_explorer.widgets.kit import Html, Text
+from sdl_explorer.widgets.kit import Html, Text, button, stack
 
 
 class Inspector(pn.viewable.Viewer):
@@ -19,14 +19,11 @@ class Inspector(pn.viewable.Viewer):
         self.title = Text("Inspector", tag="h2", css_classes=["sdlx-inspector-title"])
         self.search = pmui.TextInput(label="Latent", placeholder="id", width=110, size="small", css_classes=["sdlx-search"])
         self.search.param.watch(self._search, "value")
-        button = lambda label, name, click: pmui.Button(
-            label=label, on_click=click, css_classes=[f"sdlx-{name}"], size="small", variant="outlined", margin=(4, 3)
-        )
         self.facts = Text("", role="status", css_classes=["sdlx-facts"])
         self.feature = Text("", css_classes=["sdlx-feature"])
         self.examples_title = Text("What it fires on", tag="h3", visible=False)
         self.examples = Html("", css_classes=["sdlx-examples"])
-        self._view = pmui.Column(
+        self._view = stack(
             self.title,
             pn.FlexBox(
                 self.search,
@@ -41,7 +38,6 @@ class Inspector(pn.viewable.Viewer):
             self.feature,
             self.examples_title,
             self.examples,
-            sizing_mode="stretch_width",
             margin=(6, 4),
             css_classes=["sdlx-inspector"],
         )

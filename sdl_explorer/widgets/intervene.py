@@ -6,7 +6,7 @@ import panel_material_ui as pmui
 from sdl_explorer.training.interventions import Anchor, Resample
 from sdl_explorer.views.plan import plan_table
 from sdl_explorer.views.words import NO_ANCHORS, count, no_dead, plural
-from sdl_explorer.widgets.kit import GROWS, Text
+from sdl_explorer.widgets.kit import Text, button, sheet, stack
 from sdl_explorer.widgets.table_twin import TableTwin
 
 DEAD, SELECTED = "the dead latents", "the selected latents"
@@ -28,22 +28,6 @@ COMPETING = (
 def proposed_scale(session) -> float:
     """Bricken et al.'s 0.2, and 1 where latents compete for k places."""
     return 1.0 if "k" in session.method.param else Resample.param.scale.default
-
-
-def _button(label: str, name: str, click, **more) -> pmui.Button:
-    return pmui.Button(label=label, on_click=click, css_classes=[f"sdlx-{name}"], margin=(6, 5), **{"variant": "outlined", **more})
-
-
-def _paper(title: str, *objects, name: str):
-    return pmui.Paper(
-        Text(title, tag="h2"),
-        *objects,
-        elevation=0,
-        variant="outlined",
-        sizing_mode="stretch_width",
-        margin=(8, 10),
-        css_classes=["sdlx-card", f"sdlx-{name}"],
-    )
 
 
 class ResampleForm(pn.viewable.Viewer):
@@ -68,12 +52,12 @@ class ResampleForm(pn.viewable.Viewer):
         )  # fmt: skip
         self.competing = Text(COMPETING, tone="quiet", visible=proposed_scale(host.session) != Resample.param.scale.default)
         self.said = Text("", role="status", css_classes=["sdlx-resample-said"])
-        self.preview = _button("Preview", "resample-preview", self._preview)
+        self.preview = button("Preview", "resample-preview", self._preview)
         self.which.param.watch(lambda event: self.refresh(), "value")
         form = pn.FlexBox(
             self.which, self.number, self.pick, self.target, self.scale, self.noise, self.preview, align_items="center", margin=0
         )
-        self._view = _paper("Resample", self.said, form, self.competing, name="resample")
+        self._view = sheet(Text("Resample", tag="h2"), self.said, form, self.competing, name="resample")
 
     def __panel__(self):
         return self._view
@@ -125,12 +109,12 @@ class AnchorForm(pn.viewable.Viewer):
             description=Anchor.param.weight.doc, css_classes=["sdlx-anchor-weight"],
         )  # fmt: skip
         self.hard = pmui.Checkbox(label="Hard: fix the rows", value=False, margin=(6, 8), css_classes=["sdlx-anchor-hard"])
-        self.preview = _button("Preview", "anchor-preview", self._preview)
+        self.preview = button("Preview", "anchor-preview", self._preview)
         self.said = Text("", role="status", css_classes=["sdlx-anchor-said"])
         self.source.param.watch(lambda event: self._list(), "value")
         self.which.param.watch(lambda event: self.refresh(), "value")
         form = pn.FlexBox(self.source, self.which, self.slots, self.weight, self.hard, self.preview, align_items="center", margin=0)
-        self._view = _paper("Anchor", self.said, form, name="anchor")
+        self._view = sheet(Text("Anchor", tag="h2"), self.said, form, name="anchor")
 
     def __panel__(self):
         return self._view
@@ -186,20 +170,12 @@ class Preview(pn.viewable.Viewer):
         self.table = TableTwin(host, "Rows of the preview", on_rows=self._chosen, rows=8, multiple=True)
         self._rows: list[int] = []
         self.said = Text("", role="status", css_classes=["sdlx-plan-said"])
-        self.apply = _button("Apply", "apply", self._apply, variant="contained")
-        self.drop = _button("Drop the chosen rows", "drop", self._drop)
-        self.discard = _button("Discard", "discard", self._discard)
-        self._view = pn.Column(
-            card,
-            _paper(
-                "Rows of the preview", self.table, self.said, pmui.Row(self.apply, self.drop, self.discard, margin=0), name="preview"
-            ),
-            visible=False,
-            sizing_mode="stretch_width",
-            margin=0,
-            stylesheets=GROWS,
-            css_classes=["sdlx-preview-block"],
-        )  # fmt: skip
+        self.apply = button("Apply", "apply", self._apply, variant="contained")
+        self.drop = button("Drop the chosen rows", "drop", self._drop)
+        self.discard = button("Discard", "discard", self._discard)
+        buttons = pn.Row(self.apply, self.drop, self.discard, margin=0)
+        rows = sheet(Text("Rows of the preview", tag="h2"), self.table, self.said, buttons, name="preview")
+        self._view = stack(card, rows, visible=False, css_classes=["sdlx-preview-block"])
 
     def __panel__(self):
         return self._view
@@ -247,9 +223,9 @@ class Pinned(pn.viewable.Viewer):
         super().__init__()
         self.host = host
         self.which = pmui.MultiChoice(label="Held latents", options=[], width=360, margin=(6, 8), css_classes=["sdlx-held"])
-        self.release = _button("Release", "release", self._release, disabled=True)
+        self.release = button("Release", "release", self._release, disabled=True)
         self.which.param.watch(lambda event: setattr(self.release, "disabled", not event.new), "value")
-        self._view = pmui.Row(self.which, self.release, visible=False, margin=(0, 10))
+        self._view = pn.Row(self.which, self.release, visible=False, margin=(0, 10))
 
     def __panel__(self):
         return self._view
@@ -278,14 +254,14 @@ class ControlForm(pn.viewable.Viewer):
         self.pairs = pmui.IntInput(
             label="Pairs", value=5, start=1, end=30, width=90, size="small", margin=(6, 8), css_classes=["sdlx-pairs"]
         )
-        self.run = _button("Run the control pairs", "control", self._run)
-        self.cancel = _button("Stop", "control-stop", self._cancel, visible=False)
+        self.run = button("Run the control pairs", "control", self._run)
+        self.cancel = button("Stop", "control-stop", self._cancel, visible=False)
         self.progress = pmui.LinearProgress(
             value=0, variant="determinate", sizing_mode="stretch_width", visible=False, margin=(2, 10), css_classes=["sdlx-job"]
         )
         self.said = Text("", role="status", css_classes=["sdlx-control-said"])
         form = pn.FlexBox(self.steps, self.pairs, self.run, self.cancel, align_items="center", margin=0)
-        self._view = _paper("Control pairs", self.said, form, self.progress, name="control-form")
+        self._view = sheet(Text("Control pairs", tag="h2"), self.said, form, self.progress, name="control-form")
 
     def __panel__(self):
         return self._view

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import panel as pn
+import panel_material_ui as pmui
 import param
 from panel.custom import Child, JSComponent
 
@@ -14,7 +16,54 @@ button:focus-visible { outline: 2px solid currentColor; outline-offset: 2px }
 button[aria-pressed=true] { background: color-mix(in srgb, currentColor 16%, transparent) }
 """
 
-GROWS = [":host { max-height: none !important }"]  # else a Column in a scrolling one ends with the window, and lies over the next
+GROWS = ":host { max-height: none !important }"  # else a Column in a scrolling one ends with the window, and lies over the next
+
+
+def served() -> bool:
+    """Is this the page of a server? There a part may come later; in a notebook it would bring the whole script of Material UI."""
+    return pn.state.curdoc is not None and bool(pn.state.curdoc.session_context)
+
+
+def stack(*parts, **params) -> pn.Column:
+    """Parts under each other. Not pmui's: each of its boxes costs the browser a React root, and takes the stylesheets of parts
+    that come later from the internet.
+    """
+    return _sparing(pn.Column(*parts, **{"sizing_mode": "stretch_width", "margin": 0, "stylesheets": [GROWS], **params}))
+
+
+def row(*parts, **params) -> pn.Row:
+    """Parts beside each other."""
+    return _sparing(pn.Row(*parts, **{"sizing_mode": "stretch_width", "margin": 0, **params}))
+
+
+def sheet(*parts, name: str) -> pmui.Paper:
+    """Parts under each other in an outline: a card. Pmui's, since a Bokeh plot several columns down from a React root is laid out
+    before it has a size.
+    """
+    look = {"elevation": 0, "variant": "outlined", "sizing_mode": "stretch_width", "margin": (8, 10)}
+    return _sparing(pmui.Paper(*parts, **look, css_classes=["sdlx-card", f"sdlx-{name}"]))
+
+
+def _sparing(box):
+    """Leave out what is hidden until it is first shown: the page is there sooner."""
+    parts = list(box.objects)
+    hidden = [part for part in parts if not part.visible] if served() else []
+
+    def show(event) -> None:
+        if event.obj not in box.objects:
+            after = [part for part in parts[parts.index(event.obj) :] if part in box.objects]
+            box.insert(box.objects.index(after[0]) if after else len(box.objects), event.obj)
+
+    for part in hidden:
+        box.remove(part)
+        part.param.watch(show, "visible")
+    return box
+
+
+def button(label: str, name: str, click, **more) -> pmui.Button:
+    """A button that tests and styles find as `sdlx-name`."""
+    look = {"size": "small", "variant": "outlined", "margin": (4, 3), "css_classes": [f"sdlx-{name}"]}
+    return pmui.Button(label=label, on_click=click, **{**look, **more})
 
 
 class Text(JSComponent):

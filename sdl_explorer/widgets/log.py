@@ -2,10 +2,9 @@
 
 import pandas as pd
 import panel as pn
-import panel_material_ui as pmui
 
 from sdl_explorer.views.history import LogLine, log_lines, log_reading
-from sdl_explorer.widgets.kit import Text
+from sdl_explorer.widgets.kit import Text, button, sheet
 from sdl_explorer.widgets.table_twin import TableTwin
 
 
@@ -19,15 +18,11 @@ class Log(pn.viewable.Viewer):
         self.host, self._drawn, self._row = host, None, None
         self.reading = Text("", role="status", css_classes=["sdlx-reading"])
         self.table = TableTwin(host, "Log of the run", on_rows=self._chosen, rows=8)
-        button = lambda label, name, click: pmui.Button(
-            label=label, on_click=click, disabled=True, size="small", variant="outlined", margin=(4, 5), css_classes=[f"sdlx-log-{name}"]
-        )
         self.python = Text("", tone="quiet", visible=False, css_classes=["sdlx-python"])
-        self.checkout, self.show = button("Check out", "checkout", self._checkout), button("Show the Python", "python", self._python)
-        self._view = pmui.Paper(
-            Text("What has happened?", tag="h2"), self.reading, self.table, pmui.Row(self.checkout, self.show, margin=0), self.python,
-            elevation=0, variant="outlined", sizing_mode="stretch_width", margin=(8, 10), css_classes=["sdlx-card", "sdlx-card-C5"],
-        )  # fmt: skip
+        self.checkout = button("Check out", "log-checkout", self._checkout, disabled=True)
+        self.show = button("Show the Python", "log-python", self._python, disabled=True)
+        buttons = pn.Row(self.checkout, self.show, margin=0)
+        self._view = sheet(Text("What has happened?", tag="h2"), self.reading, self.table, buttons, self.python, name="card-C5")
 
     def __panel__(self):
         return self._view

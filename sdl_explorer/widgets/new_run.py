@@ -6,7 +6,7 @@ import panel_material_ui as pmui
 from sdl_explorer.models.methods import Method
 from sdl_explorer.registry import members
 from sdl_explorer.session import Session
-from sdl_explorer.widgets.kit import Text
+from sdl_explorer.widgets.kit import Text, button, stack
 
 MOST_LATENTS = 4_096  # where sessions belong to visitors
 
@@ -26,10 +26,10 @@ class NewRun(pn.viewable.Viewer):
             css_classes=["sdlx-new-latents"],
         )  # fmt: skip
         self.seed = pmui.IntInput(label="Seed", value=session.seed, start=0, **style, css_classes=["sdlx-new-seed"])
-        self.start = pmui.Button(label="New run", variant="outlined", on_click=self._start, margin=(6, 10), css_classes=["sdlx-new-run"])
-        self._view = pmui.Column(
+        self.start = button("New run", "new-run", self._start, size="medium", margin=(6, 10))
+        self._view = stack(
             Text("New run", tag="h2"), Text("Another method, size or seed on the same data; starts untrained.", tone="quiet"),
-            self.method, self.n_latents, self.seed, self.start, sizing_mode="stretch_width", margin=0,
+            self.method, self.n_latents, self.seed, self.start,
         )  # fmt: skip
 
     def __panel__(self):

@@ -4,7 +4,7 @@ import logging
 
 import panel as pn
 
-from sdl_explorer.widgets.kit import GROWS, Text
+from sdl_explorer.widgets.kit import Text, stack
 
 log = logging.getLogger(__name__)
 
@@ -14,15 +14,9 @@ class Page(pn.viewable.Viewer):
 
     def __init__(self, title: str, question: str, parts, visible: bool = True):
         super().__init__()
-        self.title, self._make, self.parts = title, parts, None
-        self._view = pn.Column(  # not pmui's: Panel takes the stylesheets of parts that come later from the internet there
-            Text(question, tag="p", css_classes=["sdlx-question"]),
-            visible=visible,
-            sizing_mode="stretch_width",
-            margin=0,
-            stylesheets=GROWS,
-            css_classes=["sdlx-page", f"sdlx-page-{title.lower()}"],
-        )
+        self.title, self._make, self.parts, self._here = title, parts, None, 0
+        self._question = Text(question, tag="p", css_classes=["sdlx-question"])
+        self._view = stack(visible=visible, css_classes=["sdlx-page", f"sdlx-page-{title.lower()}"])
 
     def __panel__(self):
         return self._view
@@ -31,20 +25,23 @@ class Page(pn.viewable.Viewer):
     def shown(self) -> bool:
         return self._view.visible
 
-    def show(self, shown: bool) -> None:
+    def show(self, shown: bool, most: int | None = None) -> None:
+        """Show it, its first `most` parts at first, or hide it."""
         if shown and self.parts is None:
             try:
                 self.parts = self._make()
-                self._view.extend(self.parts)
             except Exception as error:  # the frame and the other pages stay
                 log.exception("page %s", self.title)
                 self.parts = ()
                 self._view.append(Text(f"This page could not be made: {error}", role="alert", tone="warning"))
+        if shown and self._here < len(self.parts[:most]):
+            self._here = len(self.parts[:most])
+            self._view.objects = [self._question, *self.parts[:most]]
         if self._view.visible != shown:
             self._view.visible = shown
 
     def refresh(self) -> None:
-        for part in self.parts or ():
+        for part in (self.parts or ())[: self._here]:
             part.refresh()
 
     @property

@@ -6,7 +6,7 @@ import panel as pn
 import panel_material_ui as pmui
 
 from sdl_explorer.views.words import NEVER_TRAINED, count
-from sdl_explorer.widgets.kit import Text
+from sdl_explorer.widgets.kit import Text, button, row, stack
 
 CHOICES = (1, 50, 500, 2_000, 5_000)
 ENDLESS = 1_000_000
@@ -42,9 +42,6 @@ class RunBar(pn.viewable.Viewer):
     def __init__(self, host):
         super().__init__()
         self.host = host
-        button = lambda label, name, click, **more: pmui.Button(
-            label=label, on_click=click, css_classes=[f"sdlx-{name}"], margin=(4, 3), size="small", **{"variant": "outlined", **more}
-        )
         self.restart = button("↺ Restart", "restart", self._restart)
         self.play = button("▶ Play", "play", self.toggle)
         self.play.js_on_click(args={"play": self.play}, code=AT_ONCE)
@@ -59,14 +56,12 @@ class RunBar(pn.viewable.Viewer):
         self.repair = button("Revert", "alert-revert", self._revert, visible=False)
         self.lower = button("lr ÷ 10", "alert-lr", self._lower, visible=False)
         self.go_on = button("Continue anyway", "alert-continue", self.train_on, visible=False)
-        self._view = pmui.Column(
-            pmui.Row(self.alert, self.repair, self.lower, self.go_on, sizing_mode="stretch_width", margin=0),
+        self._view = stack(
+            row(self.alert, self.repair, self.lower, self.go_on),
             pn.FlexBox(
                 self.restart, self.play, self.one, self.train, self.count, self.status,
                 align_items="center", sizing_mode="stretch_width", margin=0,
             ),
-            sizing_mode="stretch_width",
-            margin=0,
             css_classes=["sdlx-run-bar"],
         )  # fmt: skip
 

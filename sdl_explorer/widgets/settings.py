@@ -4,7 +4,7 @@ import panel as pn
 import panel_material_ui as pmui
 import param
 
-from sdl_explorer.widgets.kit import Text
+from sdl_explorer.widgets.kit import Text, button, stack
 from sdl_explorer.widgets.new_run import NewRun
 
 NUMBERS = (param.Number, param.Integer)
@@ -23,12 +23,10 @@ class Settings(pn.viewable.Viewer):
         self._session = None
         self.data, self.model = Text("", tone="quiet", css_classes=["sdlx-data"]), Text("", tone="quiet", css_classes=["sdlx-model"])
         self._fields: dict[tuple[str, str], tuple] = {}
-        self._column = pn.Column(sizing_mode="stretch_width", margin=0)
-        self.apply = pmui.Button(
-            label="Apply from here", on_click=self._apply, disabled=True, css_classes=["sdlx-apply-settings"], margin=(6, 10)
-        )
+        self._column = stack()
+        self.apply = button("Apply from here", "apply-settings", self._apply, disabled=True, variant="contained", margin=(6, 10))
         self.waiting, self.new_run = Text("", tone="quiet"), NewRun(host)
-        self._view = pmui.Column(
+        self._view = stack(
             Text("Data", tag="h2"),
             self.data,
             Text("Model", tag="h2"),
@@ -38,7 +36,6 @@ class Settings(pn.viewable.Viewer):
             self.apply,
             self.waiting,
             self.new_run,
-            sizing_mode="stretch_width",
             margin=(6, 2),
             css_classes=["sdlx-settings"],
         )

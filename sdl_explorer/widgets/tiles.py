@@ -1,7 +1,9 @@
 """The four tiles of the overview. A tile is a filter: a click selects what it counts."""
 
+from collections.abc import Sequence
 from html import escape
 
+import numpy as np
 import panel as pn
 
 from sdl_explorer.diagnosis.alignment import align
@@ -10,6 +12,7 @@ from sdl_explorer.views.theme import EDGE, LINES, token
 from sdl_explorer.views.tiles import Tile, tiles, tiles_reading
 from sdl_explorer.widgets.kit import Html, Text
 
+COLUMNS = 100  # of a sparkline; more values are drawn as the lowest and the highest of each column
 STYLE = """<style>
 .tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(165px, 1fr)); gap: 10px }
 .tile { font: inherit; color: inherit; background: transparent; text-align: left; padding: 10px 12px; border-radius: 8px;
@@ -75,9 +78,11 @@ def _tile(place: int, tile: Tile, theme: str) -> str:
     return f"<button type='button' class='tile' style='{border}' data-pick='{place}' aria-label='{label}'>{body}</button>"
 
 
-def _sparkline(values: tuple[float, ...], theme: str) -> str:
+def _sparkline(values: Sequence[float], theme: str) -> str:
     if len(values) < 2:
         return ""
+    if len(values) > 2 * COLUMNS:
+        values = [end for part in np.array_split(values, COLUMNS) for end in (part.min(), part.max())]
     low, high = min(values), max(values)
     span = (high - low) or 1.0
     points = " ".join(f"{100 * i / (len(values) - 1):.1f},{22 - 20 * (v - low) / span:.1f}" for i, v in enumerate(values))

@@ -1,12 +1,11 @@
 """The model's history: commits in order, and what can be done from one of them."""
 
 import panel as pn
-import panel_material_ui as pmui
 
 from sdl_explorer.views.history import sentence
 from sdl_explorer.views.theme import commit_mark
 from sdl_explorer.views.words import count
-from sdl_explorer.widgets.kit import CommitTicks, Text
+from sdl_explorer.widgets.kit import CommitTicks, Text, button, row, stack
 
 
 def lineage(commits, head) -> set[str]:
@@ -25,16 +24,12 @@ class Timeline(pn.viewable.Viewer):
         self.host = host
         self.ticks = CommitTicks(self._pick, css_classes=["sdlx-timeline"])
         self.said = Text("", role="status", css_classes=["sdlx-commit"])
-        self.checkout = self._button("Check out", "checkout", self._checkout)
-        self.compare = self._button("Compare with now", "compare", self._compare)
-        self.branch = self._button("Copy as Python", "commit-python", self._python)
+        self.checkout = button("Check out", "checkout", self._checkout)
+        self.compare = button("Compare with now", "compare", self._compare)
+        self.branch = button("Copy as Python", "commit-python", self._python)
         self.python = Text("", tone="quiet", visible=False, css_classes=["sdlx-python"])
-        self._detail = pmui.Row(self.said, self.checkout, self.compare, self.branch, sizing_mode="stretch_width", visible=False, margin=0)
-        self._view = pmui.Column(self.ticks, self._detail, self.python, sizing_mode="stretch_width", margin=0)
-
-    @staticmethod
-    def _button(label: str, name: str, click):
-        return pmui.Button(label=label, on_click=click, css_classes=[f"sdlx-{name}"], size="small", variant="outlined", margin=(2, 3))
+        self._detail = row(self.said, self.checkout, self.compare, self.branch, visible=False)
+        self._view = stack(self.ticks, self._detail, self.python)
 
     def __panel__(self):
         return self._view
