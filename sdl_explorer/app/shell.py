@@ -116,7 +116,7 @@ class Frame(pn.viewable.Viewer):
         self.message.text, self.message.visible = host.message, bool(host.message)
         self.banner.visible = not host.has_truth and state.page == "Alignment"
         self.page.dark_theme = state.theme == "dark"
-        for part in (self.shown, self.run_bar, *(self._later if self._whole else ())):
+        for part in (self.run_bar, self.shown, *(self._later if self._whole else ())):
             try:
                 part.refresh()
             except Exception as error:  # one part fails, the frame stays, and says so

@@ -1,6 +1,7 @@
 """A card answers one question: a sentence, a plot, its table, and words when there is nothing to draw."""
 
 import logging
+import time
 from dataclasses import fields
 
 import holoviews as hv
@@ -14,6 +15,7 @@ from sdl_explorer.widgets.selection import PlotLink
 from sdl_explorer.widgets.table_twin import TableTwin
 
 log = logging.getLogger(__name__)
+REST = 4.0  # while training, a plot is drawn again after this many times as long as the last time took: Stop must be heard
 SELECTION = {"selected_latents", "selected_features"}
 FIELDS = {field.name for field in fields(Look)}
 
@@ -48,6 +50,7 @@ class Card(pn.viewable.Viewer):
         self.menu = CardMenu(self._act, label=view.question)
         self._link = PlotLink(host)
         self._reads: set[str] = set()
+        self._free_at = 0.0
         self._redraw = None
         self._plot, self._table = stack(), stack(visible=False, margin=(0, 10))
         self._twin = None
@@ -72,14 +75,17 @@ class Card(pn.viewable.Viewer):
         look = self.host.look()
         twin = self.view.id in self.host.state.twins
         self._stamp(found)
-        if self._drawn is not None and self._drawn == (found.key, twin, self._read_of(look)):
-            return
+        if self._drawn is not None:
+            key, *seen = self._drawn
+            same = seen == [twin, self._read_of(look)]
+            if same and (key == found.key or (self.host.snapshot.running and time.monotonic() < self._free_at)):
+                return
         if found.pending and self._kept is None:
             self.stamp.text = "Being computed…"
             return  # the skeleton stands: title and stamp
         if not found.pending:
             self._kept = found
-        watched = WatchedLook.of(look)
+        begun, watched = time.monotonic(), WatchedLook.of(look)
         try:
             self._fill(self._kept, watched, twin)
         except Exception as error:  # one card fails, the page stays
@@ -87,6 +93,7 @@ class Card(pn.viewable.Viewer):
             self._say(not_finite(self.host.snapshot.step) if isinstance(error, FloatingPointError) else self.host.failure(error))
         self._reads = watched.reads
         self._drawn = (found.key, twin, self._read_of(look))
+        self._free_at = time.monotonic() + REST * (time.monotonic() - begun)
 
     def _read_of(self, look: Look) -> tuple:
         """What the view read of the look the last time it drew: a curve that knows no selection is not drawn for one."""
