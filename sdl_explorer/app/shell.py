@@ -53,7 +53,9 @@ class Frame(pn.viewable.Viewer):
             for page in self.pages.values():
                 page.show(True)
         fill = {"sizing_mode": "stretch_both"} if served() else {}
-        content = stack(*self.pages.values(), **fill, scroll="y" if served() else False)
+        content = pmui.Column(
+            *self.pages.values(), sizing_mode="stretch_both" if served() else "stretch_width", margin=0, scroll="y" if served() else False
+        )
         self.page = pmui.Page(
             title="",
             meta_title="SDL Explorer",
