@@ -28,7 +28,8 @@ def _take_step(state: TrainState, method: Method, source: Source, batch_size: in
     began = time.perf_counter()
     dictionary = state.dictionary.train()
     batch = source.batch(state.step, batch_size, order).to(dictionary.device)
-    context = Context(state.step, state.samples_since_fired, state.pins, stream(state.seed, "step", state.step))
+    generator = stream(state.seed, "step", state.step)
+    context = Context(state.step, state.samples_since_fired, state.pins, generator, state.dead_after)
 
     encoding = dictionary(batch.inputs)
     losses = method.objective(dictionary, encoding, batch, context)

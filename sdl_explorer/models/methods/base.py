@@ -18,6 +18,12 @@ class Context(NamedTuple):
     samples_since_fired: Tensor
     pins: Pins | None
     generator: Generator
+    dead_after: int = 100_000  # samples of silence that make a latent dead
+
+    @property
+    def dead(self) -> Tensor:
+        """Which latents are dead, bool (n_latents,)."""
+        return self.samples_since_fired >= self.dead_after
 
 
 class Method(param.Parameterized):
