@@ -22,7 +22,7 @@ D_IN, D_OUT, N_LATENTS = 5, 4, 12
 
 
 def small(cls):
-    return cls(k=3) if issubclass(cls, (TopK, BatchTopK)) else cls()
+    return cls(k=3) if "k" in cls.param else cls()
 
 
 def built(method, d_in=D_IN, d_out=D_OUT, n_latents=N_LATENTS) -> SparseDictionary:

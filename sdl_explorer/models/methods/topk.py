@@ -64,7 +64,7 @@ class BatchTopKSelection(Nonlinearity):
 
 
 class _Top(Method):
-    """What both share: k, unit decoder rows, and the squared error alone."""
+    """What all share: k, unit decoder rows, and the squared error."""
 
     __abstract = True
 
@@ -81,8 +81,10 @@ class _Top(Method):
         return {"error": squared_error(encoding.reconstruction, batch.targets)}
 
 
-class TopK(_Top):
-    """z = ReLU(top-k of W_enc x + b_enc); loss mean |x_r - recon|^2."""
+class _RowTop(_Top):
+    """k of each row."""
+
+    __abstract = True
 
     homogeneous = True
 
@@ -90,8 +92,10 @@ class TopK(_Top):
         return TopKSelection(self.k)
 
 
-class BatchTopK(_Top):
-    """z keeps the k*n largest of a batch of n; at inference one threshold, so L0 is k on average."""
+class _BatchTop(_Top):
+    """k*n of the batch, and a threshold for the time after."""
+
+    __abstract = True
 
     threshold_rate = param.Number(0.01, bounds=(0, 1), doc="Weight of a new batch in the running threshold.")
 
@@ -101,3 +105,11 @@ class BatchTopK(_Top):
     def after_step(self, dictionary, encoding, context):
         super().after_step(dictionary, encoding, context)
         dictionary.nonlinearity.average(encoding.latents.values.detach(), self.threshold_rate)
+
+
+class TopK(_RowTop):
+    """z = ReLU(top-k of W_enc x + b_enc); loss mean |x_r - recon|^2."""
+
+
+class BatchTopK(_BatchTop):
+    """z keeps the k*n largest of a batch of n; at inference one threshold, so L0 is k on average."""
