@@ -15,7 +15,7 @@ from sdl_explorer.training.plan import Plan
 from sdl_explorer.training.run import Run, method_of
 from sdl_explorer.training.state import TrainState
 
-INTERVENTIONS = ("resample", "anchor", "release")
+INTERVENTIONS = ("resample", "anchor", "realign", "release")
 ARMS = ("untreated", "treated", "sham")
 
 
@@ -114,4 +114,5 @@ def sham_plan(treated: TrainState, commit: Commit) -> Plan:
         {},
         "",
         changed_pins=own,
+        changed_pulls=treated.pulls.without(others) if commit.kind == "realign" and treated.pulls is not None else None,
     )

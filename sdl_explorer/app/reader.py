@@ -26,7 +26,7 @@ from sdl_explorer.views.words import NOT_COMPUTED, not_finite
 from sdl_explorer.widgets.intervene import CLASS, GIVEN, TRUE
 
 KINDS = {"sae": "SAE", "transcoder": "Transcoder", "crosscoder": "Crosscoder"}
-INTERVENTIONS = ("resample", "anchor", "release")
+INTERVENTIONS = ("resample", "anchor", "realign", "release")
 
 
 class Reader:

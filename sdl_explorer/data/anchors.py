@@ -1,4 +1,4 @@
-"""Directions that we are told (`Anchors`), and which latents are held to them (`Pins`)."""
+"""Directions that we are told (`Anchors`), which latents are held to them (`Pins`), and to measured ones (`Pulls`)."""
 
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -140,6 +140,42 @@ class Pins:
     def to(self, device) -> "Pins":
         anchors = replace(self.anchors, inputs=self.anchors.inputs.to(device), targets=self.anchors.targets.to(device))
         return Pins(anchors, self.latents.to(device), self.weight.to(device), self.hard.to(device))
+
+
+@dataclass(frozen=True)
+class Pulls:
+    """The encoder row of latent `latents[j]` is turned towards unit row j of `directions` with `weight[j]`.
+
+    Directions that were measured on the data, unlike `Pins`, whose directions we are told: no feature is held out
+    for them, and neither the row's norm nor the decoder is touched.
+    """
+
+    latents: Int[Tensor, " k"]
+    directions: Float[Tensor, "k d_in"]
+    weight: Float[Tensor, " k"]
+
+    def __post_init__(self):
+        if not len(self.latents) == len(self.directions) == len(self.weight):
+            raise ValueError("Pulls: latents, directions and weight need one entry per latent.")
+        if len(set(self.latents.tolist())) < len(self.latents):
+            raise ValueError("Pulls: a latent is pulled twice; pull each latent to one direction.")
+
+    def __len__(self) -> int:
+        return len(self.latents)
+
+    def without(self, latents) -> "Pulls | None":
+        """The pulls of all other latents; None when none is left."""
+        drop = {int(i) for i in latents}
+        keep = [j for j, i in enumerate(self.latents.tolist()) if i not in drop]
+        return Pulls(self.latents[keep], self.directions[keep], self.weight[keep]) if keep else None
+
+    def merged(self, other: "Pulls") -> "Pulls":
+        """Both; a latent in both follows `other`."""
+        mine = self.without(other.latents.tolist())
+        if mine is None:
+            return other
+        sides = ((getattr(mine, name), getattr(other, name)) for name in ("latents", "directions", "weight"))
+        return Pulls(*map(torch.cat, sides))
 
 
 def _unit(rows: Tensor) -> Tensor:

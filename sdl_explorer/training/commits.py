@@ -22,13 +22,14 @@ from typing import Any
 
 import torch
 
-from sdl_explorer.data.anchors import Anchors, Pins
+from sdl_explorer.data.anchors import Anchors, Pins, Pulls
 from sdl_explorer.models.atomic import replace_directory, write_file
 from sdl_explorer.models.dictionary import SparseDictionary
 from sdl_explorer.models.formats.files import read_json, read_tensors, tensor_bytes
 from sdl_explorer.training.state import Schedule, TrainState, adam
 
 FORMAT_VERSION = 1
+PULLS = ("latents", "directions", "weight")
 HEADERS = 8_192  # bytes; an upper bound for the headers of both tensor files
 
 
@@ -158,6 +159,7 @@ class CommitStore:
             _pins(tensors, scalars["pins"]),
             scalars["seed"],
             scalars["dead_after"],
+            pulls=_pulls(tensors),
         )
 
     def copy_to(self, folder: Path) -> None:
@@ -250,6 +252,8 @@ def _tensors(state: TrainState) -> dict[str, torch.Tensor]:
             "pins/weight": pins.weight,
             "pins/hard": pins.hard,
         }
+    if state.pulls is not None:
+        tensors |= {f"pulls/{name}": getattr(state.pulls, name) for name in PULLS}
     return tensors
 
 
@@ -258,6 +262,10 @@ def _pins(tensors: dict[str, torch.Tensor], names: dict[str, Any] | None) -> Pin
         return None
     anchors = Anchors(tensors["pins/inputs"], tensors["pins/targets"], tuple(names["names"]), tuple(names["features"]))
     return Pins(anchors, tensors["pins/latents"], tensors["pins/weight"], tensors["pins/hard"])
+
+
+def _pulls(tensors: dict[str, torch.Tensor]) -> Pulls | None:
+    return Pulls(*(tensors[f"pulls/{name}"] for name in PULLS)) if "pulls/latents" in tensors else None
 
 
 def _nbytes(state: TrainState) -> int:

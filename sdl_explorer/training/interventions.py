@@ -25,9 +25,14 @@ BLOCK = 2_048
 
 
 class Intervention(param.Parameterized):
-    """Settings of a change, with bounds and docs: they make the dialog. Abstract."""
+    """Settings of a change, with bounds and docs: they make the dialog. Abstract.
+
+    `choose_rows` is how many choose rows a plan reads; None: as many as the run takes.
+    """
 
     __abstract = True
+
+    choose_rows: int | None = None
 
     def plan(self, state: TrainState, choose: Activations, generator: Generator) -> Plan:
         raise TypeError(f"{type(self).__name__} has no plan(); an Intervention needs one.")
@@ -57,7 +62,7 @@ class Resample(Intervention):
     def plan(self, state: TrainState, choose: Activations, generator: Generator) -> Plan:
         dictionary = state.dictionary
         latents = _chosen("Resample", self.latents, state)
-        losses, reconstruct = _losses(dictionary, choose)
+        losses, reconstruct = row_losses(dictionary, choose)
         picks = self._picks(losses * _has_direction(dictionary, choose), len(latents), generator)
         inputs = choose.inputs[picks.to(choose.inputs.device)].to(dictionary.device)
         targets = choose.targets[picks.to(choose.targets.device)].to(dictionary.device)
@@ -90,7 +95,7 @@ class Resample(Intervention):
             rows,
             self._command(latents),
         )
-        return replace(plan, expected=_expected(plan, state, choose, float(losses.mean())))
+        return replace(plan, expected=expected_errors(plan, state, choose, float(losses.mean())))
 
     def _picks(self, losses: Tensor, n: int, generator: Generator) -> Tensor:
         if not losses.isfinite().all():
@@ -172,8 +177,8 @@ class Anchor(Intervention):
             "",
             pins,
         )
-        losses, _ = _losses(dictionary, choose)
-        return replace(plan, expected=_expected(plan, state, choose, float(losses.mean())), python=self._command(anchors, latents))
+        losses, _ = row_losses(dictionary, choose)
+        return replace(plan, expected=expected_errors(plan, state, choose, float(losses.mean())), python=self._command(anchors, latents))
 
     def _slots(self, state: TrainState, anchors: Anchors) -> Tensor:
         device, k = state.dictionary.device, len(anchors)
@@ -207,12 +212,13 @@ class Anchor(Intervention):
 
 
 class Release(Intervention):
-    """Let go of pinned latents (None: all of them); their rows stay where they are."""
+    """Let go of pinned and of pulled latents (None: all of them); their rows stay where they are."""
 
-    latents = param.Parameter(None, doc="Which pinned latents; None: all.")
+    latents = param.Parameter(None, doc="Which pinned or pulled latents; None: all.")
 
     def plan(self, state: TrainState, choose: Activations, generator: Generator) -> Plan:
         pinned = [] if state.pins is None else state.pins.latents.tolist()
+        pinned += [] if state.pulls is None else state.pulls.latents.tolist()
         chosen = pinned if self.latents is None else [int(i) for i in _chosen("Release", self.latents, state)]
         free = [i for i in chosen if i not in pinned]
         if free or not chosen:
@@ -221,7 +227,7 @@ class Release(Intervention):
         latents = torch.tensor(chosen, dtype=torch.long, device=state.dictionary.device)
         return Plan(
             "release", latents, None, None, None, {}, state.pins, latents[:0], {},
-            f"{len(chosen)} latents are no longer held to their anchors.", (), f"session.release({chosen})",
+            f"{len(chosen)} latents are no longer held to a direction.", (), f"session.release({chosen})",
         )  # fmt: skip
 
 
@@ -281,7 +287,7 @@ def named_latents(who: str, latents, n_latents: int) -> Tensor:
 
 
 @torch.no_grad()
-def _losses(dictionary: SparseDictionary, choose: Activations):
+def row_losses(dictionary: SparseDictionary, choose: Activations):
     """Squared error of each choose row on the CPU, and the reconstruction of any rows."""
 
     def reconstruct(inputs: Tensor) -> Tensor:
@@ -295,7 +301,7 @@ def _losses(dictionary: SparseDictionary, choose: Activations):
     return torch.cat(parts), reconstruct
 
 
-def _expected(plan: Plan, state: TrainState, choose: Activations, before: float) -> dict[str, float]:
+def expected_errors(plan: Plan, state: TrainState, choose: Activations, before: float) -> dict[str, float]:
     """Estimate: the plan on a copy of the dictionary, over at most one block of choose rows."""
     trial = copy.deepcopy(state.dictionary)
     trial_state = replace(state, dictionary=trial, optimiser=torch.optim.SGD(trial.parameters(), lr=0.0))

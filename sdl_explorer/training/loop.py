@@ -10,7 +10,7 @@ from torch.nn import Parameter
 
 from sdl_explorer.data.sources import Source, stream
 from sdl_explorer.models.methods import Context, Method
-from sdl_explorer.models.terms import anchor_distance
+from sdl_explorer.models.terms import anchor_distance, pull_distance
 from sdl_explorer.training.state import Step, TrainState
 
 
@@ -35,6 +35,8 @@ def _take_step(state: TrainState, method: Method, source: Source, batch_size: in
     losses = method.objective(dictionary, encoding, batch, context)
     if state.pins is not None:
         losses["anchor"] = anchor_distance(dictionary, state.pins)
+    if state.pulls is not None:
+        losses["pull"] = pull_distance(dictionary, state.pulls)
     state.optimiser.zero_grad(set_to_none=True)
     torch.stack(list(losses.values())).sum().backward()
 

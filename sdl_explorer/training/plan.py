@@ -7,7 +7,7 @@ import torch
 from torch import Generator, Tensor
 from torch.nn.functional import normalize
 
-from sdl_explorer.data.anchors import Anchors, Pins
+from sdl_explorer.data.anchors import Anchors, Pins, Pulls
 from sdl_explorer.training.state import TrainState
 
 
@@ -28,7 +28,7 @@ class PlanRow(NamedTuple):
 class Plan:
     """New rows for `latents` (None: rows stay), the pins it adds, and whose moments are cleared.
 
-    Former pins of `latents` end. `held` are the pins it was planned on and `pins` those that follow, so that
+    Former pins and pulls of `latents` end. `held` are the pins it was planned on and `pins` those that follow, so that
     others may be added in between. `expected` estimates the mean squared error on the choose rows before and
     right after.
     """
@@ -46,6 +46,7 @@ class Plan:
     rows: tuple[PlanRow, ...] = ()
     python: str = ""
     changed_pins: Pins | None = None  # the pins this plan itself adds, in the order of `latents`
+    changed_pulls: Pulls | None = None  # and the pulls
 
     @property
     def pins(self) -> Pins | None:
@@ -64,12 +65,10 @@ class Plan:
             state.samples_since_fired[self.latents] = 0
         state.clear_moments(self.clears)
         state.pins = self._pins_after(state.pins)
+        state.pulls = _after(state.pulls, self.latents, self.changed_pulls)
 
     def _pins_after(self, pins: Pins | None) -> Pins | None:
-        others = None if pins is None else pins.without(self.latents.tolist())
-        if others is None or self.changed_pins is None:
-            return others or self.changed_pins
-        return others.merged(self.changed_pins)
+        return _after(pins, self.latents, self.changed_pins)
 
     def drop(self, latents) -> "Plan":
         """The same plan without some latents."""
@@ -86,6 +85,7 @@ class Plan:
             sigma={name: rows[keep] for name, rows in self.sigma.items()},
             clears=clears,
             changed_pins=None if self.changed_pins is None else self.changed_pins.without(out),
+            changed_pulls=None if self.changed_pulls is None else self.changed_pulls.without(out),
             rows=tuple(row for row in self.rows if row.latent not in out),
             reading=f"{self.reading} {len(out)} of them dropped by hand.",
             expected={},
@@ -93,7 +93,10 @@ class Plan:
 
     def sham(self, generator: Generator) -> "Plan":
         """The same reset, or the same anchors, in random directions: tells a repair apart from any reset."""
-        reading, pins = "Sham: " + self.reading, self.changed_pins
+        reading, pins, pulls = "Sham: " + self.reading, self.changed_pins, self.changed_pulls
+        if pulls is not None and self.W_enc is not None:
+            W_enc = random_like(self.W_enc, generator)
+            return replace(self, W_enc=W_enc, changed_pulls=replace(pulls, directions=normalize(W_enc, dim=1)), reading=reading)
         if self.W_enc is None or self.W_dec is None:
             return replace(self, reading=reading)
         if pins is None:
@@ -105,6 +108,12 @@ class Plan:
         W_enc = torch.where(at_anchor, drawn.inputs * self.W_enc.norm(dim=1, keepdim=True), self.W_enc)
         W_dec = torch.where(at_anchor, drawn.targets * self.W_dec.norm(dim=1, keepdim=True), self.W_dec)
         return replace(self, W_enc=W_enc, W_dec=W_dec, changed_pins=replace(pins, anchors=drawn), reading=reading)
+
+
+def _after(held, latents: Tensor, added):
+    """Pins or pulls: those of `latents` end, and the added ones follow."""
+    others = None if held is None else held.without(latents.tolist())
+    return others.merged(added) if others is not None and added is not None else others or added
 
 
 def random_like(rows: Tensor, generator: Generator) -> Tensor:

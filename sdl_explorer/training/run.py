@@ -124,7 +124,7 @@ class Run:
 
     def plan(self, intervention: Intervention) -> Plan:
         step, seed = self.state.step, self.state.seed
-        choose = self.source.sample(CHOOSE_ROWS, stream(seed, "choose", step), "choose")
+        choose = self.source.sample(intervention.choose_rows or CHOOSE_ROWS, stream(seed, "choose", step), "choose")
         return intervention.plan(self.state, choose, stream(seed, "plan", step))
 
     def apply(self, change: Plan | Intervention) -> Commit:

@@ -8,7 +8,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 from torch.nn import Parameter
 
-from sdl_explorer.data.anchors import Pins
+from sdl_explorer.data.anchors import Pins, Pulls
 from sdl_explorer.models.dictionary import SparseDictionary
 
 
@@ -60,6 +60,7 @@ class TrainState:
     pins: Pins | None
     seed: int
     dead_after: int = 100_000
+    pulls: Pulls | None = None
 
     @classmethod
     def start(cls, dictionary: SparseDictionary, schedule: Schedule = Schedule(), seed: int = 0, dead_after: int = 100_000):

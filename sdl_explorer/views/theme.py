@@ -78,6 +78,7 @@ COMMIT_MARKS = {
     "start": Mark("start", "◆", "diamond"),
     "resample": Mark("resample", "▼", "inverted_triangle"),
     "anchor": Mark("anchor", "★", "star"),
+    "realign": Mark("realign", "▲", "triangle"),
     "release": Mark("release", "☆", "star_dot"),
     "settings": Mark("settings", "⚙", "hex"),
     "run": Mark("end of a run", "■", "square"),
