@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from sdl_explorer.data.anchors import Pins
+from sdl_explorer.data.anchors import Pins, Pulls
 from sdl_explorer.models.dictionary import Latents, SparseDictionary
 
 # of latents: means over the batch -------------------------------------------------------------------------------------
@@ -106,6 +106,12 @@ def anchor_distance(dictionary: SparseDictionary, pins: Pins) -> Tensor:
     encoder = (dictionary.W_enc[pins.latents] - pins.anchors.inputs).square().sum(dim=1)
     decoder = (dictionary.W_dec[pins.latents] - pins.anchors.targets).square().sum(dim=1)
     return torch.dot(weight, encoder + decoder)
+
+
+def pull_distance(dictionary: SparseDictionary, pulls: Pulls) -> Tensor:
+    """sum_j weight_j |W_enc_j / |W_enc_j| - u_j|^2: turns encoder rows towards unit rows u and leaves their norms alone."""
+    rows = normalize(dictionary.W_enc[pulls.latents], dim=1)
+    return torch.dot(pulls.weight, (rows - pulls.directions).square().sum(dim=1))
 
 
 def _row_sums(latents: Latents, values: Tensor) -> Tensor:
