@@ -16,12 +16,13 @@ _HOMES = {
     "sdl_explorer.data.store": ("Stored",),
     "sdl_explorer.data.capture": ("capture",),
     "sdl_explorer.models.dictionary": ("SparseDictionary",),
-    "sdl_explorer.models.methods": ("BatchTopK", "JumpReLU", "ReLU", "TopK"),
+    "sdl_explorer.models.methods": ("BatchTopK", "BatchTopKAux", "JumpReLU", "Matryoshka", "MultiTopK", "ReLU", "TopK", "TopKAux"),
     "sdl_explorer.training.interventions": ("Anchor", "Release", "Resample"),
     "sdl_explorer.diagnosis.health": ("check_health",),
     "sdl_explorer.diagnosis.alignment": ("align",),
     "sdl_explorer.diagnosis.examples": ("find_examples",),
     "sdl_explorer.session": ("Session",),
+    "sdl_explorer.experiments.sweep": ("sweep",),
     "sdl_explorer.app.explorer": ("Explorer", "explore"),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}

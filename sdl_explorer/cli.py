@@ -122,6 +122,40 @@ def run(
 
 
 @app.command()
+def reproduce(
+    name: Annotated[str, typer.Argument(help="table1, table-v2, table4, table5, table6 or table7 of arXiv 2512.05534.")],
+    size: Annotated[str, typer.Option(help="small (minutes), laptop (an hour) or paper.")] = "small",
+    folder: Annotated[Path | None, typer.Option(help="Where results and runs go. Default: reproduced/NAME-SIZE.")] = None,
+    device: DeviceOption = "auto",
+) -> None:
+    """Run a published table again, resumably, with a verdict beside each published number."""
+    with _plain_errors():
+        from sdl_explorer.experiments.reproduce import reproduce as run_again
+
+        folder = folder or Path("reproduced") / f"{name}-{size}"
+        run_again(name, size, folder, device, say=lambda text: typer.echo(text, err=True))
+        typer.echo((folder.expanduser() / f"{name}.md").read_text(encoding="utf-8"))
+
+
+@app.command()
+def sweep(
+    file: Annotated[Path, typer.Argument(help="A TOML file: steps, seeds, [source], [method], [grid].")],
+    folder: Annotated[Path | None, typer.Option(help="Where the runs go. Default: beside the file, under its name.")] = None,
+    device: DeviceOption = "auto",
+) -> None:
+    """Train a grid of settings over seeds, resumably, and print means with 95 % intervals."""
+    with _plain_errors():
+        from sdl_explorer.experiments.cells import readable
+        from sdl_explorer.experiments.sweep import sweep_file
+
+        table, summary = sweep_file(file, folder, device, say=lambda text: typer.echo(text, err=True))
+        typer.echo(readable(summary).to_string(index=False))
+        failed = table[table["failed"] != ""]
+        if len(failed):
+            raise RuntimeError(f"sweep: {len(failed)} of {len(table)} cells failed; the first: {failed['failed'].iloc[0]}")
+
+
+@app.command()
 def doctor(port: PortOption = PORT) -> None:
     """Check versions, device, threads, port and folders, and say the next step for each failure."""
     from sdl_explorer import doctor as examination

@@ -24,7 +24,8 @@ LAYERS = {
     "views": {"diagnosis", *RECORDS},
     "widgets": ENGINE | {"session", "state", "views"},
     "app": ENGINE | {"session", "state", "views", "widgets"},
-    "cli": ENGINE | {"session", "app", "doctor"},
+    "experiments": ENGINE | {"session", "views"},
+    "cli": ENGINE | {"session", "app", "doctor", "experiments"},
     "doctor": set(),
     "registry": set(),
     "__init__": set(),  # by name alone, when asked for

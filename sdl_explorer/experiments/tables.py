@@ -1,0 +1,128 @@
+"""The tables of arXiv 2512.05534 as grids of cells. What the paper does not print is set here, at three sizes."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from sdl_explorer.data.bench import LinearBench
+from sdl_explorer.experiments import published
+from sdl_explorer.experiments.cells import Cell
+from sdl_explorer.experiments.published import METHODS, Published
+from sdl_explorer.models.methods import BatchTopK, JumpReLU, Matryoshka, Method, ReLU, TopK
+
+
+class Size(NamedTuple):
+    """How large the bench and the dictionary are, and how long it is trained."""
+
+    n_features: int
+    d_in: int
+    active: float  # features in a row, on average; the paper's sparsity is 1 - active / n_features
+    n_latents: int
+    steps: int
+    batch_size: int
+    anchors: int  # of table 1; the tables of one factor say 100 of 1,000
+
+    @property
+    def share(self) -> float:
+        """Of the paper's number of features."""
+        return self.n_features / 1000
+
+
+SIZES = {
+    "small": Size(100, 77, 3.0, 200, 300, 256, 3),
+    "laptop": Size(1000, 768, 10.0, 2_000, 1_500, 512, 30),
+    "paper": Size(1000, 768, 10.0, 16_000, 5_000, 512, 30),
+}
+
+
+class Table(NamedTuple):
+    """A published table: its cells at a size, and the printed numbers by (row, anchored)."""
+
+    title: str
+    cells: Callable[[Size], list[Cell]]
+    printed: dict[tuple, Published]
+
+
+def recipe(name: str, active: float) -> Method:
+    """Unit decoder rows throughout, and as many active latents as there are active features."""
+    k = max(1, round(active))
+    if name in ("TopK", "BatchTopK", "Matryoshka"):
+        return {"TopK": TopK, "BatchTopK": BatchTopK, "Matryoshka": Matryoshka}[name](k=k)
+    return ReLU(l1=0.3, unit_norm=True) if name == "ReLU" else JumpReLU(l0_target=float(k), unit_norm=True)
+
+
+def bench(size: Size, **changed) -> LinearBench:
+    settings = {"n_features": size.n_features, "d_in": size.d_in, "sparsity": 1 - size.active / size.n_features}
+    return LinearBench(**settings | changed)
+
+
+def _both(size: Size, row, source: LinearBench, method: Method, anchors: int, seed: int) -> list[Cell]:
+    settings: dict[str, object] = {"batch_size": size.batch_size}
+    common = {"n_latents": size.n_latents, "steps": size.steps, "seed": seed, "settings": settings}
+    return [Cell({"row": row, "anchored": bool(n)}, source, method, n_anchors=n, **common) for n in (0, anchors)]
+
+
+def _table1(size: Size, seed: int = 0) -> list[Cell]:
+    cells = []
+    for row in published.TABLE1:
+        name, anchored = row
+        if anchored:
+            continue
+        kind = name.lower() if name in ("Transcoder", "Crosscoder") else "sae"
+        method = recipe("TopK" if kind != "sae" else name, size.active)
+        cells += _both(size, name, bench(size, kind=kind), method, size.anchors, seed)
+    return cells
+
+
+def _table_v2(size: Size, seed: int = 0) -> list[Cell]:
+    cells = []
+    for mode, interference in (("bounded", "bounded"), ("negative", "simplex")):
+        cells += _both(size, mode, bench(size, interference=interference), recipe("ReLU", size.active), _hundred(size), seed)
+    return cells
+
+
+def _table4(size: Size, seed: int = 0) -> list[Cell]:
+    cells = []
+    for n in range(800, 1500, 100):
+        features = round(n * size.share)
+        source = bench(size, n_features=features, sparsity=1 - size.active / size.n_features)
+        cells += _both(size, n, source, recipe("ReLU", size.active), _hundred(size), seed)
+    return cells
+
+
+def _table5(size: Size, seed: int = 0) -> list[Cell]:
+    cells = []
+    for method in METHODS:
+        for bound in (0.05, 0.2, 0.5):
+            cells += _both(size, (method, bound), bench(size, max_interference=bound), recipe(method, size.active), _hundred(size), seed)
+    return cells
+
+
+def _table6(size: Size, seed: int = 0) -> list[Cell]:
+    cells = []
+    for method in METHODS:
+        for share in (0.005, 0.01, 0.1):
+            active = size.active * share / 0.01
+            source = bench(size, sparsity=1 - active / size.n_features)
+            cells += _both(size, (method, share), source, recipe(method, active), _hundred(size), seed)
+    return cells
+
+
+def _table7(size: Size, seed: int = 0) -> list[Cell]:
+    cells = []
+    for k in (32, 64, 128):
+        cells += _both(size, k, bench(size), TopK(k=max(1, round(k * size.n_latents / 16_000))), _hundred(size), seed)
+    return cells
+
+
+def _hundred(size: Size) -> int:
+    return round(100 * size.share)
+
+
+TABLES = {
+    "table1": Table("Seven models, with and without anchored features", _table1, published.TABLE1),
+    "table-v2": Table("Bounded and negative interference, first version of the paper", _table_v2, published.TABLE_V2),
+    "table4": Table("ReLU SAE by number of features", _table4, published.TABLE4),
+    "table5": Table("By interference", _table5, published.TABLE5),
+    "table6": Table("By the probability that a feature is active", _table6, published.TABLE6),
+    "table7": Table("TopK by k", _table7, published.TABLE7),
+}
