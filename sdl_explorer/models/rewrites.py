@@ -1,4 +1,4 @@
-"""Exact rewrites between conventions: the same function with other weights."""
+"""Rewrites of a dictionary: the same function under another convention, and selections turned into thresholds."""
 
 from copy import deepcopy
 
@@ -7,6 +7,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sdl_explorer.models.dictionary import SparseDictionary
+from sdl_explorer.models.methods.jumprelu import JumpRectified
+from sdl_explorer.models.methods.relu import Rectified
+from sdl_explorer.models.methods.topk import BatchTopKSelection, TopKSelection
+
+BLOCK = 2**24  # pre-activations that are looked at together
 
 
 @torch.no_grad()
@@ -24,8 +29,7 @@ def scaled(dictionary: SparseDictionary, s: float | int) -> SparseDictionary:
     copy.W_enc.mul_(s)
     copy.W_dec.div_(s)
     copy.b_dec.div_(s)
-    if copy.provenance:
-        copy.provenance["assumptions"] = [*copy.provenance.get("assumptions", []), f"input scale {s:.6g} folded into the weights"]
+    _note(copy, f"input scale {s:.6g} folded into the weights")
     return copy
 
 
@@ -60,3 +64,77 @@ def uncentred(dictionary: SparseDictionary) -> SparseDictionary:
         copy.b_enc.sub_(copy.W_enc @ copy.b_dec)
         copy.subtract_b_dec = False
     return copy
+
+
+@torch.no_grad()
+def as_jumprelu(
+    dictionary: SparseDictionary,
+    inputs: Float[Tensor, "n d_in"] | None = None,
+    per_latent: bool = False,
+    bandwidth: float = 1e-3,
+) -> SparseDictionary:
+    """A copy whose latents are z_i = pre_i if pre_i > theta_i else 0: each row is coded without looking at rivals.
+
+    BatchTopK: theta is its inference threshold, and ReLU: theta = 0; both exact, without `inputs`. TopK is a
+    different function, so theta is estimated on `inputs`, some thousand rows of the data, such that L0 stays:
+
+        one threshold   sum_ri [pre_ri > theta]  =  sum_ri [z_ri > 0]      (k n, where each row has k positive ones)
+        per latent      sum_r [pre_ri > theta_i] =  sum_r [z_ri > 0]       each latent keeps its firing rate
+
+    theta lies half-way between the last value kept and the first one left out, and is at least 0. Pre-activations
+    that tie there may be kept or left out together. A latent that is silent on `inputs` gets a threshold above all
+    it showed; give it rows enough. `bandwidth` is for training on (Rajamanoharan et al. 2024b, arXiv 2407.14435).
+    """
+    sigma = dictionary.nonlinearity
+    if isinstance(sigma, JumpRectified):
+        return deepcopy(dictionary)
+    if isinstance(sigma, BatchTopKSelection | Rectified):
+        threshold, how = getattr(sigma, "threshold", torch.zeros(())), "the threshold it had at inference"
+    elif not isinstance(sigma, TopKSelection):
+        raise TypeError(
+            f"as_jumprelu: {type(sigma).__name__} selects by more than its own pre-activation; TopK, BatchTopK and ReLU convert."
+        )
+    elif inputs is None or len(inputs) == 0:
+        raise ValueError(
+            "as_jumprelu: a TopK threshold is estimated on rows of the data, and there are none; give inputs=, some thousand rows."
+        )
+    else:
+        threshold, how = _threshold(dictionary, inputs, per_latent), f"thresholds with the same L0 on {len(inputs)} rows"
+    copy = deepcopy(dictionary)
+    copy.nonlinearity = JumpRectified(dictionary.n_latents, bandwidth).to(dictionary.W_enc)
+    copy.nonlinearity.threshold.copy_(threshold.expand(dictionary.n_latents))
+    copy.train(dictionary.training)
+    _note(copy, f"{type(sigma).__name__}({sigma.settings()}) replaced by {how}")
+    return copy
+
+
+def _threshold(dictionary: SparseDictionary, inputs: Tensor, per_latent: bool) -> Tensor:
+    """(n_latents,) or (): above it lie as many pre-activations as fire."""
+    inputs = inputs.to(dictionary.W_enc)
+    fired = torch.zeros(dictionary.n_latents, dtype=torch.int64, device=inputs.device)
+    for rows in inputs.split(max(1, BLOCK // dictionary.n_latents)):
+        latent = dictionary.encode(rows).entries()[1]
+        fired += torch.bincount(latent, minlength=dictionary.n_latents)
+    blocks = torch.arange(dictionary.n_latents, device=inputs.device).split(max(1, BLOCK // len(inputs)))
+    if per_latent:
+        return torch.cat([_between(dictionary.pre(inputs, block), fired[block]) for block in blocks])
+    kept = int(fired.sum())
+    largest = inputs.new_empty(0)
+    for block in blocks:
+        values = torch.cat([largest, dictionary.pre(inputs, block).flatten()])
+        largest = values.topk(min(kept + 1, len(values))).values
+    return _between(largest[:, None], torch.tensor([kept], device=inputs.device))[0]
+
+
+def _between(values: Tensor, kept: Tensor) -> Tensor:
+    """Of each column, a number that exactly its `kept` largest values exceed, where there is one from 0 up."""
+    edge = torch.cat([values.new_full((1, values.shape[1]), torch.inf), values.sort(dim=0, descending=True).values])
+    last = edge.gather(0, kept[None])[0]
+    first = torch.cat([edge, torch.zeros_like(edge[:1])]).gather(0, kept[None] + 1)[0].clamp(min=0)
+    middle = torch.where(last.isinf(), first * (1 + 1e-5), (last + first) / 2)
+    return torch.where(middle < last, middle, first)  # neighbours among the floats have no middle
+
+
+def _note(dictionary: SparseDictionary, assumption: str) -> None:
+    if dictionary.provenance:
+        dictionary.provenance["assumptions"] = [*dictionary.provenance.get("assumptions", []), assumption]
