@@ -8,8 +8,13 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from sdl_explorer.data.activations import Activations
+from sdl_explorer.data.hierarchy import HierarchyBench
 from sdl_explorer.models import terms
 from sdl_explorer.models.dictionary import Latents, SparseDictionary
+from sdl_explorer.models.methods import Context, JumpReLU, ReLU
+from sdl_explorer.training.loop import train
+from sdl_explorer.training.state import Schedule, TrainState
 
 N, N_LATENTS, D = 40, 7, 4
 
@@ -244,3 +249,77 @@ def test_tie_distance():
     loss.backward()
     torch.testing.assert_close(made.W_enc.grad, -made.W_dec.grad)
     torch.testing.assert_close(made.W_enc.grad, 2 * (made.W_enc - made.W_dec).detach())
+
+
+# as options of methods -------------------------------------------------------------------------------------------------
+
+
+def one_step(method, silent=0):
+    """A dictionary of the method, its encoding of some rows, and its losses after `silent` samples of silence."""
+    made = method.build(D, D, N_LATENTS, torch.Generator().manual_seed(0)).train()
+    with torch.no_grad():
+        made.W_dec.mul_(torch.rand(N_LATENTS, 1) + 0.5)
+    x = torch.randn(N, D)
+    encoding = made(x)
+    dead = torch.zeros(N_LATENTS, dtype=torch.long)
+    dead[:3] = silent
+    return made, encoding, method.objective(made, encoding, Activations(x, x), Context(0, dead, None, torch.Generator(), dead_after=100))
+
+
+def test_relu_penalty_is_weighted_or_plain():
+    made, encoding, losses = one_step(ReLU(l1=0.7))
+    torch.testing.assert_close(losses["l1"], 0.7 * terms.weighted_l1(encoding.latents, made))
+    made, encoding, losses = one_step(ReLU(l1=0.7, penalty="plain"))
+    torch.testing.assert_close(losses["l1"], 0.7 * encoding.latents.dense().sum(1).mean())
+    assert not torch.allclose(terms.plain_l1(encoding.latents), terms.weighted_l1(encoding.latents, made))
+    assert ReLU().penalty == "weighted"
+
+
+def test_relu_penalties_are_one_with_unit_norm():
+    made = ReLU(unit_norm=True).build(D, D, N_LATENTS, torch.Generator().manual_seed(0))
+    latents = made.encode(torch.randn(N, D))
+    torch.testing.assert_close(terms.plain_l1(latents), terms.weighted_l1(latents, made))
+
+
+def test_jumprelu_penalty_is_a_step_or_a_tanh_of_which_l0_target_is_the_target():
+    assert JumpReLU().penalty == "step"
+    made, encoding, losses = one_step(JumpReLU(l0=2.0))
+    torch.testing.assert_close(losses["l0"], 2 * encoding.latents.l0)
+    assert set(losses) == {"error", "l0"}
+    made, encoding, losses = one_step(JumpReLU(l0=2.0, penalty="tanh", tanh_scale=1.5))
+    codes, norms = encoding.latents.dense(), made.W_dec.norm(dim=1)
+    smooth = torch.tanh(1.5 * codes * norms).sum(1).mean()
+    torch.testing.assert_close(losses["l0"], 2 * smooth)
+    losses["l0"].backward()
+    assert made.W_enc.grad.any() and made.W_dec.grad.any(), "it reaches the encoder and the decoder norms"
+    made, encoding, losses = one_step(JumpReLU(l0=2.0, penalty="tanh", tanh_scale=1.5, l0_target=2.0))
+    torch.testing.assert_close(losses["l0"], 2 * (terms.smooth_l0(encoding.latents, made, 1.5) / 2 - 1) ** 2)
+
+
+def test_jumprelu_lifts_dead_latents_alone():
+    made, encoding, losses = one_step(JumpReLU(pre_loss=0.5, threshold=2.0), silent=100)
+    each = (2.0 - encoding.pre).relu() * made.W_dec.norm(dim=1)
+    torch.testing.assert_close(losses["pre"], 0.5 * each[:, :3].sum(1).mean())
+    losses["pre"].backward()
+    assert (made.b_enc.grad[:3] < 0).all() and not made.b_enc.grad[3:].any()
+    assert (made.nonlinearity.threshold.grad[:3] > 0).all() and not made.nonlinearity.threshold.grad[3:].any()
+    assert one_step(JumpReLU(pre_loss=0.5), silent=99)[2]["pre"] == 0.0
+
+
+def test_jumprelu_brings_dead_latents_back_in_training():
+    """The same run with and without the pre-activation loss, from a start with a quarter of the latents far below."""
+
+    def still_dead(pre_loss: float) -> int:
+        source = HierarchyBench(parents=2, children=2, independent=2, d_in=8)
+        method = JumpReLU(l0=1e-3, bandwidth=0.1, pre_loss=pre_loss)
+        made = method.build(8, 8, 16, torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            made.b_enc[:4] = -1.5
+        state = TrainState.start(made, Schedule(lr=1e-2), dead_after=500)
+        steps = train(state, method, source, batch_size=64)
+        for _ in range(300):
+            next(steps)
+        return int(state.dead[:4].sum())
+
+    assert still_dead(0.0) == 4
+    assert still_dead(0.1) == 0

@@ -1,4 +1,5 @@
-"""JumpReLU with a step (L0) penalty and rectangle straight-through gradients (Rajamanoharan et al. 2024b)."""
+"""JumpReLU with rectangle straight-through gradients and a step (L0) penalty (Rajamanoharan et al. 2024b), or a tanh
+penalty and a pre-activation loss (Conerly et al., Circuits Updates January 2025)."""
 
 import param
 import torch
@@ -6,7 +7,7 @@ from torch import Tensor, nn
 
 from sdl_explorer.models.dictionary import Nonlinearity
 from sdl_explorer.models.methods.base import Method
-from sdl_explorer.models.terms import squared_error
+from sdl_explorer.models.terms import pre_activation_loss, smooth_l0, squared_error
 
 
 class _Jump(torch.autograd.Function):
@@ -66,18 +67,27 @@ class JumpRectified(Nonlinearity):
 
 
 class JumpReLU(Method):
-    """loss = mean |x_r - recon|^2 + l0 * mean sum_i H(pre_i - theta_i).
+    """loss = mean |x_r - recon|^2 + l0 * L0, with the L0 of `penalty`:
 
-    With `l0_target` the penalty is l0 * (L0 / l0_target - 1)^2 instead, which holds L0 there.
+        "step"    mean sum_i H(pre_i - theta_i)              its gradient reaches theta alone
+        "tanh"    mean sum_i tanh(tanh_scale * z_i |W_dec_i|)  its gradient reaches the encoder too
+
+    With `l0_target` the penalty is l0 * (L0 / l0_target - 1)^2 instead, which holds that L0 there. `pre_loss` adds
+    pre_loss * mean sum_i max(theta_i - pre_i, 0) |W_dec_i| over the dead latents i, which brings them back.
     """
 
     tuned = ("bandwidth",)
     l0 = param.Number(0.1, bounds=(0, None), doc="Weight of the L0 penalty.")
+    penalty = param.Selector(default="step", objects=["step", "tanh"], doc="How L0 is made differentiable.")
+    tanh_scale = param.Number(4.0, bounds=(0, None), inclusive_bounds=(False, True), doc="Steepness of the tanh penalty.")
     l0_target = param.Number(
         None, bounds=(0, None), inclusive_bounds=(False, True), allow_None=True, doc="Hold L0 here; None: penalise L0 itself."
     )
     bandwidth = param.Number(1e-3, bounds=(0, None), inclusive_bounds=(False, True), doc="Width of the straight-through rectangle.")
     threshold = param.Number(1e-3, bounds=(0, None), inclusive_bounds=(False, True), doc="Threshold at the start.")
+    pre_loss = param.Number(
+        0.0, bounds=(0, None), doc="Weight of the loss that lifts dead latents towards their threshold; 3e-6 as published."
+    )
 
     def nonlinearity(self, n_latents):
         sigma = JumpRectified(n_latents, self.bandwidth)
@@ -86,9 +96,16 @@ class JumpReLU(Method):
         return sigma
 
     def objective(self, dictionary, encoding, batch, context):
-        l0 = dictionary.nonlinearity.active(encoding.pre).sum(dim=1).mean()
+        sigma = dictionary.nonlinearity
+        if self.penalty == "tanh":
+            l0 = smooth_l0(encoding.latents, dictionary, self.tanh_scale)
+        else:
+            l0 = sigma.active(encoding.pre).sum(dim=1).mean()
         penalty = l0 if self.l0_target is None else (l0 / self.l0_target - 1).square()
-        return {"error": squared_error(encoding.reconstruction, batch.targets), "l0": self.l0 * penalty}
+        losses = {"error": squared_error(encoding.reconstruction, batch.targets), "l0": self.l0 * penalty}
+        if self.pre_loss > 0:
+            losses["pre"] = self.pre_loss * pre_activation_loss(encoding.pre, dictionary, sigma.threshold, among=context.dead)
+        return losses
 
     def after_step(self, dictionary, encoding, context):
         super().after_step(dictionary, encoding, context)
