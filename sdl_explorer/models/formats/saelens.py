@@ -8,8 +8,9 @@
     output                            latents @ W_dec + b_dec   (latents / m with the flag)
 
 Where the flag is on, norms are folded (W_enc * m, b_enc * m, W_dec / m), so latents are the ones that SAELens
-reports. Thresholds and weights are float32 whatever the file holds. A BatchTopK dictionary is written as
-jumprelu with one constant threshold, as its owner library does; reading that gives a JumpReLU dictionary.
+reports. Thresholds and weights are float32 whatever the file holds. A BatchTopK dictionary, nested
+(Matryoshka) or not, is written as jumprelu with one constant threshold, as its owner library does; reading that gives
+a JumpReLU dictionary, and `metadata` says what it was trained as.
 What the format cannot hold is refused with the reason. Reference: https://decoderesearch.github.io/SAELens.
 """
 
@@ -25,6 +26,7 @@ from sdl_explorer.models.dictionary import Nonlinearity, SparseDictionary
 from sdl_explorer.models.formats.base import Format, kind_of, provenance
 from sdl_explorer.models.formats.files import check_tensor, check_tensors, number, read_json, read_tensors, tensor_bytes
 from sdl_explorer.models.methods.jumprelu import JumpRectified
+from sdl_explorer.models.methods.matryoshka import NestedSelection
 from sdl_explorer.models.methods.relu import Rectified
 from sdl_explorer.models.methods.topk import BatchTopKSelection, TopKSelection
 from sdl_explorer.models.rewrites import uncentred
@@ -39,6 +41,7 @@ _WRITTEN = {  # nonlinearity: architecture of an SAE, of a transcoder
     Rectified: ("standard", "transcoder"),
     JumpRectified: ("jumprelu", "jumprelu_transcoder"),
     BatchTopKSelection: ("jumprelu", "jumprelu_transcoder"),
+    NestedSelection: ("jumprelu", "jumprelu_transcoder"),
     TopKSelection: ("topk", None),
 }
 
@@ -146,7 +149,9 @@ def _metadata(dictionary: SparseDictionary) -> dict:
         metadata["sae_lens_version"] = _VERSION
     metadata.setdefault("sae_lens_training_version", None)
     if isinstance(sigma, BatchTopKSelection):
-        metadata |= {"training_architecture": "batchtopk", "training_architecture_details": {"k": sigma.k}}
+        nested = {"matryoshka_widths": sigma.widths} if isinstance(sigma, NestedSelection) else {}
+        trained = "matryoshka_batchtopk" if nested else "batchtopk"
+        metadata |= {"training_architecture": trained, "training_architecture_details": {"k": sigma.k} | nested}
     ours = {"version": sdl_explorer.__version__, "nonlinearity": type(sigma).__name__, "settings": sigma.settings()}
     return metadata | {
         "sdl_explorer": ours | ({"threshold_batches": int(sigma.n_averaged)} if isinstance(sigma, BatchTopKSelection) else {})
