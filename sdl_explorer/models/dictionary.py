@@ -17,11 +17,14 @@ class Latents:
     """The codes of n rows over n_latents: dense (n, n_latents), or sparse with `values`, `indices` and
     `offsets` (row r owns entries offsets[r]:offsets[r + 1]; rows may differ in count).
 
-    The raw output of sigma, not times a decoder norm.
+    The raw output of sigma, not times a decoder norm. `bags` knows a faster decoder for large ones
+    (`kernels.Bags`).
     """
 
-    def __init__(self, values: Tensor, indices: Tensor | None = None, offsets: Tensor | None = None, n_latents: int | None = None):
-        self.values, self.indices, self.offsets = values, indices, offsets
+    def __init__(
+        self, values: Tensor, indices: Tensor | None = None, offsets: Tensor | None = None, n_latents: int | None = None, bags=None
+    ):
+        self.values, self.indices, self.offsets, self.bags = values, indices, offsets, bags
         self.n_latents = int(values.shape[1]) if n_latents is None else n_latents
 
     @classmethod
@@ -107,7 +110,7 @@ class Nonlinearity(nn.Module):
 
     Its constructor takes JSON values (`settings()` gives them back), so that a checkpoint names it by class.
     Per-latent parameters and buffers have n_latents rows. One that offers `select(inputs, dictionary) ->
-    Latents` is called instead of computing `pre`.
+    Latents | None` is asked first; `pre` is computed only where it answers None.
     """
 
     homogeneous = False  # sigma(a z) = a sigma(z) for a > 0
@@ -200,6 +203,8 @@ class SparseDictionary(nn.Module):
             latents = Latents(latents)
         if not latents.is_sparse:
             return latents.values @ self.W_dec + self.b_dec
+        if latents.bags is not None:
+            return latents.bags.decode(latents.values, self.W_dec) + self.b_dec
         indices, offsets = latents.layout
         bags = F.embedding_bag(
             indices,
@@ -219,8 +224,9 @@ class SparseDictionary(nn.Module):
         if inputs.shape[-1] != self.d_in:
             raise ValueError(f"encode: the inputs have {inputs.shape[-1]} columns and this dictionary reads d_in={self.d_in}.")
         select = getattr(self.nonlinearity, "select", None)
-        if select is not None:
-            return select(inputs, self), None
+        selected = None if select is None else select(inputs, self)
+        if selected is not None:
+            return selected, None
         pre = self.pre(inputs)
         codes = self.nonlinearity(pre, inputs=inputs, dictionary=self)
         return codes if isinstance(codes, Latents) else Latents(codes), pre

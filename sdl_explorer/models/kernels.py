@@ -1,0 +1,210 @@
+"""Encode, select and decode at the cost of one dense product: everything after the selection is sparse.
+
+    z_e = x_r . W_enc[i] + b_enc[i]    for each kept entry e = (row r, latent i)
+    recon_r = sum_e z_e W_dec[i]
+
+Forward makes pre-activations a block of rows at a time, so nothing of size n x n_latents is kept for
+backward. Gradients are those of the dense formula: both weights' are sums over the entries of each
+latent. On one machine the same input gives the same bits, whichever path a size takes.
+"""
+
+from collections.abc import Iterator
+from functools import cached_property
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from sdl_explorer.models.dictionary import Latents, SparseDictionary
+
+GROUP = 16  # members of a group whose maximum stands for them
+BLOCK = 512  # rows whose pre-activations are held at a time on the CPU
+DENSITY = 1 / 32  # share of kept entries up to which sparse sums beat dense products
+SMALL = 2e8  # multiply-adds of an encoder product below which a dense step is as fast
+
+
+def pays(n: int, dictionary: SparseDictionary, entries: int) -> bool:
+    """Is the sparse path the faster one for n rows with this many entries in all? A rule of sizes, never of clocks."""
+    product = n * dictionary.n_latents * dictionary.d_in
+    return product >= SMALL and entries <= DENSITY * n * dictionary.n_latents
+
+
+# selection ------------------------------------------------------------------------------------------------------------
+
+
+def largest(scores: Float[Tensor, "n m"], k: int) -> tuple[Tensor, Tensor]:
+    """(values, indices) of the k largest of each row, in no order: `scores.topk(k, sorted=False)`, faster.
+
+    The k largest of a row lie in the k groups with the largest maxima: were one outside, each of those k
+    groups would hold a larger one. Groups are strided, member j of group g is column g + j * m / 16, so that
+    a maximum is taken elementwise over contiguous memory. As in `topk`, NaN counts as the largest, and
+    which of several equal scores are kept is arbitrary. Where 16 does not divide m, or fewer than 4 k groups
+    come out, it is `topk`.
+    """
+    n, m = scores.shape
+    groups = m // GROUP
+    if m % GROUP or groups < 4 * k:
+        values, indices = scores.topk(k, dim=1, sorted=False)
+        return values, indices
+    best = scores.view(n, GROUP, groups).amax(dim=1).topk(k, dim=1, sorted=False).indices
+    members = (best[:, None, :] + groups * torch.arange(GROUP, device=scores.device)[:, None]).view(n, -1)
+    values, place = scores.gather(1, members).topk(k, dim=1, sorted=False)
+    return values, members.gather(1, place)
+
+
+@torch.no_grad()
+def select_rows(inputs: Float[Tensor, "n d_in"], dictionary: SparseDictionary, k: int) -> tuple[Tensor, Tensor]:
+    """(values, indices), both (n, k): the k largest pre-activations of each row."""
+    n = len(inputs)
+    values = inputs.new_empty(n, k)
+    indices = torch.empty(n, k, dtype=torch.int64, device=inputs.device)
+    for rows, pre in blocks(inputs, dictionary):
+        values[rows], indices[rows] = largest(pre, k)
+    return values, indices
+
+
+@torch.no_grad()
+def select_batch(inputs: Float[Tensor, "n d_in"], dictionary: SparseDictionary, count: int) -> tuple[Tensor, Tensor]:
+    """(values, flat indices), both (count,): the `count` largest pre-activations of the whole batch, by index.
+
+    The smallest of the best so far bounds the final ones from below, so a later block adds only what
+    reaches it.
+    """
+    m = dictionary.n_latents
+    best, where = inputs.new_empty(0), torch.empty(0, dtype=torch.int64, device=inputs.device)
+    for rows, pre in blocks(inputs, dictionary):
+        found, at = _reaching(pre, best.amin()) if len(best) == count else _largest_of_all(pre, count)
+        best, where = torch.cat([best, found]), torch.cat([where, at + rows.start * m])
+        if len(best) > count:
+            best, kept = best.topk(count, sorted=False)
+            where = where[kept]
+    where, order = where.sort()
+    return best[order], where
+
+
+def _largest_of_all(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    values, indices = largest(scores.view(1, -1), min(count, scores.numel()))
+    return values[0], indices[0]
+
+
+def _reaching(scores: Tensor, bound: Tensor) -> tuple[Tensor, Tensor]:
+    """(values, flat indices) of all scores that are not below the bound; NaN is not."""
+    n, m = scores.shape
+    if m % GROUP:
+        at = (~(scores < bound)).view(-1).nonzero().view(-1)
+        return scores.view(-1)[at], at
+    groups = m // GROUP
+    row, group = (~(scores.view(n, GROUP, groups).amax(dim=1) < bound)).nonzero(as_tuple=True)
+    members = ((row * m + group)[:, None] + groups * torch.arange(GROUP, device=scores.device)).view(-1)
+    values = scores.view(-1)[members]
+    kept = (~(values < bound)).nonzero().view(-1)
+    return values[kept], members[kept]
+
+
+def blocks(inputs: Tensor, dictionary: SparseDictionary) -> Iterator[tuple[slice, Tensor]]:
+    """(rows, their pre-activations), a block that stays in cache at a time; the next one overwrites it.
+
+    An accelerator takes all rows at once, so that it never waits for the host.
+    """
+    x, n = dictionary.centred(inputs), len(inputs)
+    size = n if inputs.device.type != "cpu" else min(n, BLOCK)
+    buffer = x.new_empty(size, dictionary.n_latents)
+    for begin in range(0, n, size):
+        rows = slice(begin, min(begin + size, n))
+        yield rows, torch.addmm(dictionary.b_enc, x[rows], dictionary.W_enc.T, out=buffer[: rows.stop - begin])
+
+
+# gradients ------------------------------------------------------------------------------------------------------------
+
+
+class Bags:
+    """Which entries there are: `indices` by row, row r owning offsets[r]:offsets[r + 1]; and the same by latent."""
+
+    def __init__(self, indices: Int[Tensor, " entries"], offsets: Int[Tensor, " rows"], n_latents: int):
+        self.indices, self.offsets, self.n_latents = indices, offsets, n_latents
+
+    def encode(self, values: Tensor, inputs: Tensor, dictionary: SparseDictionary) -> Tensor:
+        """The entries' pre-activations, known already, with the gradient of W_enc, b_enc, inputs and a subtracted b_dec."""
+        return _Encoded.apply(values, dictionary.centred(inputs), dictionary.W_enc, dictionary.b_enc, self)
+
+    def decode(self, values: Tensor, W_dec: Float[Tensor, "n_latents d_out"]) -> Float[Tensor, "n d_out"]:
+        """latents @ W_dec; embedding_bag knows the gradient of the values, latent sums are W_dec's."""
+        return _Decoded.apply(self.row_sums(values, W_dec.detach()), values.detach(), W_dec, self)
+
+    def row_sums(self, weights: Tensor, table: Tensor) -> Tensor:
+        """sum_e weights_e table[i_e] for each row: (n, width of the table)."""
+        return _sums(self.indices, self.offsets, weights, table)
+
+    def latent_sums(self, weights: Tensor, table: Tensor) -> Tensor:
+        """sum_e weights_e table[r_e] for each latent: (n_latents, width of the table)."""
+        order, rows, offsets = self._by_latent
+        return _sums(rows, offsets, weights[order], table)
+
+    @cached_property
+    def _by_latent(self) -> tuple[Tensor, Tensor, Tensor]:
+        """(order, rows, offsets): the j-th entry by latent is order[j], of row rows[j]; latent i owns offsets[i]:offsets[i + 1]."""
+        latents, order = self.indices.sort(stable=True)
+        row = torch.repeat_interleave(self.offsets.diff(), output_size=len(order))
+        return order, row[order], torch.searchsorted(latents, torch.arange(self.n_latents + 1, device=order.device))
+
+
+def _sums(indices: Tensor, offsets: Tensor, weights: Tensor, table: Tensor) -> Tensor:
+    return F.embedding_bag(indices, table, offsets, mode="sum", per_sample_weights=weights, include_last_offset=True)
+
+
+class _Encoded(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, values, inputs, W_enc, b_enc, bags):
+        ctx.save_for_backward(inputs, W_enc)
+        ctx.bags = bags
+        return values.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *grads):
+        (grad,), (inputs, W_enc), bags = grads, ctx.saved_tensors, ctx.bags
+        _, to_inputs, to_weights, to_bias, _ = ctx.needs_input_grad
+        return (
+            None,
+            bags.row_sums(grad, W_enc) if to_inputs else None,
+            bags.latent_sums(grad, inputs) if to_weights else None,
+            bags.latent_sums(grad, inputs.new_ones(len(inputs), 1)).squeeze(1) if to_bias else None,
+            None,
+        )
+
+
+class _Decoded(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, sums, values, W_dec, bags):
+        ctx.save_for_backward(values)
+        ctx.bags = bags
+        return sums.view_as(sums)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *grads):
+        (grad,), (values,) = grads, ctx.saved_tensors
+        return grad, None, ctx.bags.latent_sums(values, grad) if ctx.needs_input_grad[2] else None, None
+
+
+# latents --------------------------------------------------------------------------------------------------------------
+
+
+def top_rows(inputs: Float[Tensor, "n d_in"], dictionary: SparseDictionary, k: int) -> Latents:
+    """ReLU of the k largest pre-activations of each row."""
+    values, indices = select_rows(inputs, dictionary, k)
+    return _rectified(inputs, dictionary, values.view(-1), indices.view(-1), torch.arange(len(inputs) + 1, device=inputs.device) * k)
+
+
+def top_batch(inputs: Float[Tensor, "n d_in"], dictionary: SparseDictionary, count: int) -> Latents:
+    """ReLU of the `count` largest pre-activations of the batch."""
+    values, where = select_batch(inputs, dictionary, count)
+    ends = torch.arange(len(inputs) + 1, device=where.device) * dictionary.n_latents
+    return _rectified(inputs, dictionary, values, where % dictionary.n_latents, torch.searchsorted(where, ends))
+
+
+def _rectified(inputs: Tensor, dictionary: SparseDictionary, values: Tensor, indices: Tensor, offsets: Tensor) -> Latents:
+    bags = Bags(indices, offsets, dictionary.n_latents)
+    return Latents(bags.encode(values, inputs, dictionary).relu(), indices, offsets, dictionary.n_latents, bags)
