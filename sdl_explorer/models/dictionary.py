@@ -122,6 +122,10 @@ class Nonlinearity(nn.Module):
     def forward(self, pre: Tensor, *, inputs: Tensor, dictionary: "SparseDictionary") -> "Tensor | Latents":
         raise TypeError(f"{type(self).__name__} has no forward(); a nonlinearity needs one.")
 
+    def absorb(self, shift: Tensor) -> None:
+        """no_grad: W_enc x has grown by `shift` (n_latents,) and b_enc has taken it up, so `pre` is what it was. One that
+        reads W_enc x without b_enc adjusts itself to give the same codes."""
+
 
 class Pointwise(Nonlinearity):
     """Any function of the pre-activations; it can be used and diagnosed, but not saved."""
@@ -142,7 +146,7 @@ class SparseDictionary(nn.Module):
         latents = sigma(pre)
         recon   = latents @ W_dec + b_dec
 
-    `nonlinearity=None` is ReLU; a missing bias becomes zeros.
+    `nonlinearity=None` is ReLU; a missing bias becomes zeros. One `nn.Parameter` given for both matrices ties them.
     """
 
     nonlinearity: Any  # a Nonlinearity; a method knows which, and reads that member's own attributes
@@ -170,6 +174,11 @@ class SparseDictionary(nn.Module):
         self.nonlinearity = nonlinearity if isinstance(nonlinearity, Nonlinearity) else Pointwise(nonlinearity)
         self.subtract_b_dec = bool(subtract_b_dec)
         self.provenance: dict = {}  # where the weights come from; the readers of checkpoints fill it
+
+    @property
+    def tied(self) -> bool:
+        """Whether W_enc *is* W_dec: one parameter by two names, which training, copies and native files keep one."""
+        return self.W_enc is self.W_dec
 
     @property
     def n_latents(self) -> int:

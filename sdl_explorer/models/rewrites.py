@@ -4,7 +4,7 @@ from copy import deepcopy
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from sdl_explorer.models.dictionary import SparseDictionary
 from sdl_explorer.models.methods.jumprelu import JumpRectified
@@ -20,12 +20,12 @@ def scaled(dictionary: SparseDictionary, s: float | int) -> SparseDictionary:
 
         W_enc <- s * W_enc,  W_dec <- W_dec / s,  b_dec <- b_dec / s
 
-    b_enc, thresholds and codes stay as they are, so the decoder norms change by 1/s. Exact for every
-    nonlinearity that reads the pre-activations alone.
+    b_enc, thresholds and codes stay as they are, so the decoder norms change by 1/s, and a tied encoder becomes one of
+    its own. Exact for every nonlinearity that reads the pre-activations alone, and for Gated.
     """
     if not (0 < s < float("inf")):
         raise ValueError(f"scaled: s is {s}; an input scale is a positive finite number.")
-    copy = deepcopy(dictionary)
+    copy = untied(dictionary)
     copy.W_enc.mul_(s)
     copy.W_dec.div_(s)
     copy.b_dec.div_(s)
@@ -51,7 +51,7 @@ def shifted(dictionary: SparseDictionary, inputs: Float[Tensor, " d_in"], target
         )
     copy = deepcopy(dictionary)
     if not copy.subtract_b_dec:
-        copy.b_enc.sub_(copy.W_enc @ inputs.to(copy.W_enc))
+        _move_inputs(copy, inputs.to(copy.W_enc))
     copy.b_dec.add_(targets.to(copy.b_dec))
     return copy
 
@@ -61,9 +61,25 @@ def uncentred(dictionary: SparseDictionary) -> SparseDictionary:
     """A copy that does not subtract b_dec from the input: b_enc <- b_enc - W_enc @ b_dec; codes unchanged."""
     copy = deepcopy(dictionary)
     if copy.subtract_b_dec:
-        copy.b_enc.sub_(copy.W_enc @ copy.b_dec)
+        _move_inputs(copy, copy.b_dec)
         copy.subtract_b_dec = False
     return copy
+
+
+@torch.no_grad()
+def untied(dictionary: SparseDictionary) -> SparseDictionary:
+    """A copy whose encoder is a matrix of its own: the same function, and from there on two parameters."""
+    copy = deepcopy(dictionary)
+    if copy.tied:
+        copy.W_enc = nn.Parameter(copy.W_dec.detach().clone())
+    return copy
+
+
+def _move_inputs(dictionary: SparseDictionary, mean: Tensor) -> None:
+    """The same codes for x as before for x - mean."""
+    shift = dictionary.W_enc @ mean
+    dictionary.b_enc.sub_(shift)
+    dictionary.nonlinearity.absorb(shift)
 
 
 @torch.no_grad()
