@@ -208,3 +208,15 @@ def top_batch(inputs: Float[Tensor, "n d_in"], dictionary: SparseDictionary, cou
 def _rectified(inputs: Tensor, dictionary: SparseDictionary, values: Tensor, indices: Tensor, offsets: Tensor) -> Latents:
     bags = Bags(indices, offsets, dictionary.n_latents)
     return Latents(bags.encode(values, inputs, dictionary).relu(), indices, offsets, dictionary.n_latents, bags)
+
+
+# rows -----------------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def project_rows(grad: Float[Tensor, "n_latents d"], rows: Float[Tensor, "n_latents d"]) -> None:
+    """grad_i -= (grad_i . u_i) u_i with u_i = rows_i / |rows_i|, in place: what is left is tangent to the sphere."""
+    size = len(rows) if rows.device.type != "cpu" else BLOCK
+    for part, row in zip(grad.split(size), rows.split(size), strict=True):
+        along = (part * row).sum(dim=1, keepdim=True) / row.square().sum(dim=1, keepdim=True).clamp_min(1e-24)
+        part.addcmul_(row, along, value=-1)

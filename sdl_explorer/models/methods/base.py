@@ -4,11 +4,13 @@ from typing import NamedTuple
 
 import param
 import torch
-from torch import Generator, Tensor
+from torch import Generator, Tensor, nn
 from torch.nn.functional import normalize
 
 from sdl_explorer.data.anchors import Pins
 from sdl_explorer.models.dictionary import Encoding, Nonlinearity, SparseDictionary
+from sdl_explorer.models.terms import tie_distance
+from sdl_explorer.models.kernels import project_rows
 
 
 class Context(NamedTuple):
@@ -30,6 +32,12 @@ class Method(param.Parameterized):
     """Parameters + sigma + loss terms. Abstract; a concrete method is final and callable with no argument.
 
     `tuned` names the settings that sigma carries too: a change of one reaches a live model by `retune`.
+
+    `tie` says what the encoder is to the decoder, for models whose inputs and targets have one width:
+
+        "untied"   two matrices
+        "tied"     one: W_enc is W_dec, the same parameter, with the gradients of both
+        "soft"     two, and the loss gains tie_weight * sum_i |W_enc_i - W_dec_i|^2
     """
 
     __abstract = True
@@ -39,13 +47,40 @@ class Method(param.Parameterized):
     tuned: tuple[str, ...] = ()
 
     unit_norm = param.Boolean(False, doc="Keep decoder rows at norm 1 and project their gradient onto the sphere.")
+    tie = param.Selector(default="untied", objects=["untied", "tied", "soft"], doc="Encoder rows: free, the decoder rows, or pulled to them.")
+    tie_weight = param.Number(0.1, bounds=(0, None), doc="Strength of the pull of a soft tie.")
 
     def build(self, d_in: int, d_out: int, n_latents: int, generator: Generator) -> SparseDictionary:
-        """Random unit decoder rows; the encoder starts as the decoder where both have one width."""
+        """Random unit decoder rows; the encoder starts as the decoder where both have one width, and is it where tied."""
         self.check(n_latents)
+        self._check_widths(d_in, d_out)
         W_dec = normalize(torch.randn(n_latents, d_out, generator=generator), dim=1)
         W_enc = W_dec.clone() if d_in == d_out else normalize(torch.randn(n_latents, d_in, generator=generator), dim=1)
+        if self.tie == "tied":
+            W_enc = W_dec = nn.Parameter(W_dec)
         return SparseDictionary(W_enc, W_dec, nonlinearity=self.nonlinearity(n_latents))
+
+    def fits(self, dictionary: SparseDictionary) -> None:
+        """Refuse to train a dictionary whose size or tie is not the one that the settings say."""
+        self.check(dictionary.n_latents)
+        self._check_widths(dictionary.d_in, dictionary.d_out)
+        if dictionary.tied and self.tie != "tied":
+            raise ValueError(
+                f"{type(self).__name__}: tie is {self.tie!r} and this dictionary is tied, one parameter for both sides. "
+                "Set tie='tied', or give rewrites.untied(dictionary)."
+            )
+        if self.tie == "tied" and not dictionary.tied:
+            raise ValueError(
+                f"{type(self).__name__}: tie is 'tied' and this dictionary has an encoder of its own, which would be lost. "
+                "Set tie='soft', or start a new dictionary."
+            )
+
+    def _check_widths(self, d_in: int, d_out: int) -> None:
+        if self.tie != "untied" and d_in != d_out:
+            raise ValueError(
+                f"{type(self).__name__}: tie is {self.tie!r}, which needs inputs and targets of one width; they have {d_in} and {d_out}. "
+                "Set tie='untied'."
+            )
 
     def check(self, n_latents: int) -> None:
         """Refuse settings that do not fit a dictionary of this size."""
@@ -64,16 +99,19 @@ class Method(param.Parameterized):
         """Named, weighted terms; their sum is what training descends."""
         raise TypeError(f"{type(self).__name__} has no objective(); a Method needs one.")
 
+    def weight_terms(self, dictionary: SparseDictionary) -> dict[str, Tensor]:
+        """Named, weighted terms of the weights alone, which training adds to those of `objective`."""
+        return {"tie": self.tie_weight * tie_distance(dictionary)} if self.tie == "soft" else {}
+
     def constrain_gradients(self, dictionary: SparseDictionary) -> None:
         """no_grad, between backward and the optimiser: with `unit_norm`, drop the part along each decoder row."""
         if self.unit_norm and dictionary.W_dec.grad is not None:
-            rows, grad = normalize(dictionary.W_dec, dim=1), dictionary.W_dec.grad
-            grad -= (grad * rows).sum(dim=1, keepdim=True) * rows
+            project_rows(dictionary.W_dec.grad, dictionary.W_dec)
 
     def after_step(self, dictionary: SparseDictionary, encoding: Encoding, context: Context) -> None:
         """no_grad: norm constraint, threshold average, schedules."""
         if self.unit_norm:
-            dictionary.W_dec.copy_(normalize(dictionary.W_dec, dim=1))
+            dictionary.W_dec /= dictionary.W_dec.norm(dim=1, keepdim=True).clamp_min(1e-12)
 
     def __repr__(self) -> str:
         changed = ", ".join(f"{k}={v!r}" for k, v in self.param.values(onlychanged=True).items() if k != "name")
