@@ -9,9 +9,9 @@ import param
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.nn.functional import embedding_bag
 
 from sdl_explorer.models.dictionary import Encoding, Latents, SparseDictionary
+from sdl_explorer.models.kernels import Bags
 from sdl_explorer.models.methods.auxiliary import _Auxiliary
 from sdl_explorer.models.methods.topk import BatchTopKSelection, TopKSelection, _BatchTop, _RowTop
 from sdl_explorer.models.terms import squared_error
@@ -40,9 +40,7 @@ def nested_reconstructions(dictionary: SparseDictionary, latents: Latents, width
     block = torch.stack([indices >= width for width in widths]).sum(dim=0)  # the last one lies beyond all widths
     bag, order = torch.sort(block * n + latents.row, stable=True)
     offsets = torch.searchsorted(bag, torch.arange((len(widths) + 1) * n + 1, device=bag.device))
-    sums = embedding_bag(
-        indices[order], dictionary.W_dec, offsets, mode="sum", per_sample_weights=latents.values[order], include_last_offset=True
-    )
+    sums = Bags(indices[order], offsets, latents.n_latents).decode(latents.values[order], dictionary.W_dec)
     return sums.view(-1, n, dictionary.d_out)[:-1].cumsum(dim=0) + dictionary.b_dec
 
 
@@ -121,11 +119,12 @@ class MultiTopK(_RowTop):
 
 
 def _ranked(dictionary: SparseDictionary, encoding: Encoding, inputs: Tensor, k: int) -> Latents:
-    """The k largest of each row; where no pre is kept, at the cost of a second encoder product."""
-    sigma = TopKSelection(k)
-    if encoding.pre is not None:
-        return sigma(encoding.pre, inputs=inputs, dictionary=dictionary)
-    return sigma.select(inputs, dictionary)
+    """The k largest of each row; where the encoding kept no pre, at the cost of a second encoder product."""
+    sigma, pre = TopKSelection(k), encoding.pre
+    selected = sigma.select(inputs, dictionary) if pre is None else None
+    if selected is not None:
+        return selected
+    return sigma(dictionary.pre(inputs) if pre is None else pre, inputs=inputs, dictionary=dictionary)
 
 
 def _cut(latents: Latents, k: int) -> Latents:
