@@ -1,6 +1,7 @@
 """SynthSAEBench (Chanin et al. 2026): many features in superposition, with trees, correlations and a long tail, and the answer known."""
 
 import hashlib
+import json
 from dataclasses import fields
 from functools import cached_property
 from pathlib import Path
@@ -147,8 +148,8 @@ class SynthBench(Generated):
         return Path(folder)
 
     def fingerprint(self) -> str:
-        settings = sorted((self._model_settings | {"device": torch.device(self.device).type}).items())
-        digest = hashlib.sha256(repr(settings).encode())
+        settings = self._model_settings | {"device": torch.device(self.device).type}
+        digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
         if self.folder is not None:
             for tensor in (getattr(self.model, field.name) for field in fields(self.model)):
                 digest.update(tensor.numpy().tobytes() if isinstance(tensor, Tensor) else repr(tensor).encode())

@@ -311,23 +311,24 @@ def read_settings(folder: Path) -> dict[str, Any]:
     kind = firing.pop("generator_name", None)
     if kind not in FIRING:
         raise ValueError(f"{path}: firing probabilities are {kind!r}; they can be {', '.join(FIRING)}.")
-    trees, correlation = config.get("hierarchy"), config.get("correlation") or {}
-    spread_by, seed = config.get("orthogonalization"), config.get("seed")
+    trees, correlation, seed = config.get("hierarchy"), config.get("correlation"), config.get("seed")
     s = {
         "n_features": config["num_features"],
         "d_in": config["hidden_dim"],
         "firing": kind,
         **{OURS[name]: firing.get(name, default) for name, default in FIRING[kind].items()},
-        "mean_magnitude": config.get("mean_firing_magnitudes", 1.0),
-        "std_magnitude": config.get("std_firing_magnitudes", 0.0),
+        "mean_magnitude": _without_nulls(config.get("mean_firing_magnitudes", 1.0)),
+        "std_magnitude": _without_nulls(config.get("std_firing_magnitudes", 0.0)),
         **{ours: trees.get(theirs, default) for theirs, (ours, default) in TREES.items() if trees},
-        "rank": correlation.get("rank", 32) if correlation else 0,
-        "correlation_scale": correlation.get("correlation_scale", 0.1),
+        "rank": 0,
         "bias": float(config.get("bias", 1.0)),
-        "orthogonal_steps": spread_by.get("num_steps", 200) if spread_by else 0,
-        "orthogonal_lr": spread_by.get("lr", 0.01) if spread_by else 0.01,
+        "orthogonal_steps": 0,
         "seed": 0 if seed is None else seed,
     }
+    if correlation:
+        s |= {"rank": correlation.get("rank", 32), "correlation_scale": correlation.get("correlation_scale", 0.1)}
+    if spreading := config.get("orthogonalization"):
+        s |= {"orthogonal_steps": spreading.get("num_steps", 200), "orthogonal_lr": spreading.get("lr", 0.01)}
     if trees:
         few, most = (
             trees["branching_factor"] if isinstance(trees.get("branching_factor"), list) else (trees.get("branching_factor", 100), None)
@@ -339,3 +340,7 @@ def read_settings(folder: Path) -> dict[str, Any]:
     if seed is None and any(spec.get("generator_name") == "folded_normal" for spec in drawn):
         raise ValueError(f"{path}: magnitudes are random and seed is null, so the file does not say what they are. Give it a seed.")
     return s
+
+
+def _without_nulls(spec: Any) -> Any:
+    return {k: v for k, v in spec.items() if v is not None} if isinstance(spec, dict) else spec
