@@ -60,7 +60,7 @@ class Matryoshka(_Auxiliary, _BatchTop):
     def check(self, n_latents):
         super().check(n_latents)
         for width in self.prefixes:
-            if not (0 < width < 1 or (width == int(width) and 1 <= width <= n_latents)):
+            if not (0 < width < 1 or (1 <= width <= n_latents and width == int(width))):
                 raise ValueError(
                     f"Matryoshka: a prefix is {width} and n_latents {n_latents}; give shares below 1, or whole sizes up to n_latents."
                 )
