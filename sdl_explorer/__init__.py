@@ -19,6 +19,7 @@ _HOMES = {
     "sdl_explorer.models.dictionary": ("SparseDictionary",),
     "sdl_explorer.models.methods": ("BatchTopK", "BatchTopKAux", "Gated", "JumpReLU", "Matryoshka", "MultiTopK", "ReLU", "TopK", "TopKAux"),
     "sdl_explorer.training.interventions": ("Anchor", "Release", "Resample"),
+    "sdl_explorer.training.realign": ("Realign",),
     "sdl_explorer.diagnosis.health": ("check_health",),
     "sdl_explorer.diagnosis.alignment": ("align",),
     "sdl_explorer.diagnosis.examples": ("find_examples",),

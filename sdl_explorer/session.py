@@ -38,6 +38,7 @@ from sdl_explorer.training.history import History, Recorder
 from sdl_explorer.training.interventions import Anchor, Intervention, Release, Resample, named_latents
 from sdl_explorer.training.lane import lane_of
 from sdl_explorer.training.plan import Plan
+from sdl_explorer.training.realign import Realign
 from sdl_explorer.training.run import CHOOSE_ROWS, SETTINGS, Diverged, Run, method_of, settings_from
 from sdl_explorer.training.snapshot import Job, Snapshot
 from sdl_explorer.training.state import Schedule, TrainState, threads_for
@@ -113,6 +114,7 @@ class Session(param.Parameterized):
                 rows = source.sample(CHOOSE_ROWS, stream(self.seed, "centre"), "train")
                 dictionary = shifted(dictionary, rows.inputs.mean(dim=0), rows.targets.mean(dim=0))
         weights = copy.deepcopy(dictionary).to(device=self.device, dtype=torch.float32).requires_grad_(True)
+        method.fits(weights)
         method.retune(weights.nonlinearity)
         weights.provenance = weights.provenance | {"kind": source.sample(1, stream(self.seed, "kind"), "choose").kind}
         state = TrainState.start(weights, Schedule(self.lr, self.warmup_steps, self.decay_steps, hold), self.seed, self.dead_after)
@@ -273,8 +275,12 @@ class Session(param.Parameterized):
         """Hold latents to known directions; see `Anchor`."""
         return self.apply(Anchor(anchors=anchors, latents=latents, weight=weight, hard=hard))
 
+    def realign(self, latents=None, **settings) -> Commit:
+        """Turn encoder rows to what fires their latents (None: all that are alive and not pinned); see `Realign`."""
+        return self.apply(Realign(latents=latents, **settings))
+
     def release(self, latents=None) -> Commit:
-        """Let go of pinned latents (None: all)."""
+        """Let go of pinned and of pulled latents (None: all)."""
         return self.apply(Release(latents=latents))
 
     def commit(self, message: str = "") -> Commit:

@@ -8,6 +8,7 @@ import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import param
 import torch
@@ -32,7 +33,7 @@ class Intervention(param.Parameterized):
 
     __abstract = True
 
-    choose_rows: int | None = None
+    choose_rows: Any = None
 
     def plan(self, state: TrainState, choose: Activations, generator: Generator) -> Plan:
         raise TypeError(f"{type(self).__name__} has no plan(); an Intervention needs one.")
@@ -48,7 +49,8 @@ class Resample(Intervention):
 
     with t_s the target row (`target="input"`; for an SAE the input itself) or the residual x_r - recon
     (`target="residual"`). Rows are taken as the encoder sees them (minus b_dec where the model subtracts
-    it). `noise` adds a random unit direction times noise before normalising. Per-latent parameters of sigma get the
+    it). `noise` adds a random unit direction times noise before normalising. A tied encoder gets W_dec_i, whatever the
+    scale. Per-latent parameters of sigma get the
     mean of the alive latents; optimiser moments of exactly these rows are cleared.
     """
 
@@ -73,17 +75,17 @@ class Resample(Intervention):
         W_enc = _noisy(read, self.noise, generator)
         W_dec = W_enc.clone() if same else _noisy(written, self.noise, generator)
         alive = _alive(state, latents)
-        encoder_scale = self.scale * dictionary.W_enc[alive].norm(dim=1).mean()
+        W_enc = W_dec if dictionary.tied else self.scale * dictionary.W_enc[alive].norm(dim=1).mean() * W_enc
 
         nearest = _nearest(dictionary, W_dec, latents)
         rows = tuple(
-            PlanRow(int(i), f"choose row {int(s)}", int(s), float(losses[s]), j, c, float(encoder_scale), 0.0)
-            for i, s, (j, c) in zip(latents, picks, nearest, strict=True)
+            PlanRow(int(i), f"choose row {int(s)}", int(s), float(losses[s]), j, c, float(e.norm()), 0.0)
+            for i, s, (j, c), e in zip(latents, picks, nearest, W_enc, strict=True)
         )
         plan = Plan(
             "resample",
             latents,
-            W_enc * encoder_scale,
+            W_enc,
             torch.zeros_like(dictionary.b_enc[latents]),
             W_dec,
             _mean_sigma(dictionary, alive, len(latents)),
@@ -119,7 +121,8 @@ class Anchor(Intervention):
 
     Soft: the loss gains weight * (|W_enc_i - a|^2 + |W_dec_i - b|^2). Hard: both rows are set to the anchor
     and do not move. `latents=None` takes dead latents first, then the best decoder match of each anchor. A
-    dead latent starts at its anchor, with the mean alive encoder norm and sigma, a live one is pulled there.
+    dead latent starts at its anchor, with the mean alive encoder norm and sigma, a live one is pulled there. A tied
+    latent starts at b, and is pulled to the mean of a and b.
     Latents that are pinned already are taken only by name. Optimiser moments of those rows are cleared.
     """
 
@@ -151,7 +154,8 @@ class Anchor(Intervention):
         alive = _alive(state, latents[state.dead[latents]])
         scale = 1.0 if self.hard else dictionary.W_enc[alive].norm(dim=1).mean()
         restarted = lambda new, old: torch.where(restart.view(-1, *[1] * (old.ndim - 1)), new, old[latents])
-        W_enc, W_dec = restarted(inputs * scale, dictionary.W_enc), restarted(targets, dictionary.W_dec)
+        W_dec = restarted(targets, dictionary.W_dec)
+        W_enc = W_dec if dictionary.tied else restarted(inputs * scale, dictionary.W_enc)
         b_enc = restarted(torch.zeros((), device=device), dictionary.b_enc)
         fresh = _mean_sigma(dictionary, alive, k)
         sigma = {name: restarted(fresh[name], old) for name, old in dictionary.per_latent().items()}
