@@ -1,6 +1,6 @@
 """Training on a checkpoint: the settings that its file does not say, measured so that L0 stays where it is."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn.functional import normalize
@@ -52,14 +52,15 @@ def continued_method(dictionary: SparseDictionary, activations: Activations) -> 
     ReLU and JumpReLU get `l0_target`; the ReLU starts from the estimated l1 (at least 1e-3 of the residual's
     norm, so that it can be scaled up). The JumpReLU's penalty is ten times the error, at which L0 stays within
     about 5 % of its target, and its bandwidth is widened until a twentieth as many pre-activations lie within it
-    as latents fire. TopK and BatchTopK keep k. `unit_norm` is on only where all decoder rows have norm 1.
+    as latents fire. TopK and BatchTopK keep k. `unit_norm` is on only where all decoder rows have norm 1, and a tied encoder stays tied.
     """
     sigma = dictionary.nonlinearity
     unit_norm = bool(((dictionary.W_dec.norm(dim=1) - 1).abs() <= UNIT).all())
+    shared: dict[str, Any] = {"unit_norm": unit_norm, "tie": "tied" if dictionary.tied else "untied"}
     if isinstance(sigma, TopKSelection):
-        return TopK(k=sigma.k, unit_norm=unit_norm)
+        return TopK(k=sigma.k, **shared)
     if isinstance(sigma, BatchTopKSelection):
-        return BatchTopK(k=sigma.k, unit_norm=unit_norm)
+        return BatchTopK(k=sigma.k, **shared)
     if not isinstance(sigma, (Rectified, JumpRectified)):
         raise TypeError(
             f"continued_method: no method trains a dictionary with {type(sigma).__name__}; ReLU, JumpReLU, TopK and BatchTopK "
@@ -71,9 +72,9 @@ def continued_method(dictionary: SparseDictionary, activations: Activations) -> 
             "continued_method: no latent fires on these rows, so there is no L0 to hold. Run preflight for the scale of the inputs."
         )
     if isinstance(sigma, Rectified):
-        return ReLU(l1=max(measured.l1, 1e-3 * measured.error**0.5), l0_target=measured.l0, unit_norm=unit_norm)
+        return ReLU(l1=max(measured.l1, 1e-3 * measured.error**0.5), l0_target=measured.l0, **shared)
     bandwidth = max(sigma.bandwidth, _bandwidth(dictionary, activations, measured.l0))
-    return JumpReLU(l0=10 * measured.error, l0_target=measured.l0, bandwidth=bandwidth, unit_norm=unit_norm)
+    return JumpReLU(l0=10 * measured.error, l0_target=measured.l0, bandwidth=bandwidth, **shared)
 
 
 def _bandwidth(dictionary: SparseDictionary, activations: Activations, l0: float) -> float:

@@ -32,7 +32,7 @@ def _take_step(state: TrainState, method: Method, source: Source, batch_size: in
     context = Context(state.step, state.samples_since_fired, state.pins, generator, state.dead_after)
 
     encoding = dictionary(batch.inputs)
-    losses = method.objective(dictionary, encoding, batch, context)
+    losses = method.objective(dictionary, encoding, batch, context) | method.weight_terms(dictionary)
     if state.pins is not None:
         losses["anchor"] = anchor_distance(dictionary, state.pins)
     if state.pulls is not None:

@@ -54,9 +54,9 @@ class Plan:
 
     @torch.no_grad()
     def apply(self, state: TrainState) -> None:
-        """Weights *and* optimiser moments of exactly those rows, in place."""
+        """Weights *and* optimiser moments of exactly those rows, in place. Where the encoder is tied, W_dec wins."""
         dictionary = state.dictionary
-        rows = {"W_enc": self.W_enc, "b_enc": self.b_enc, "W_dec": self.W_dec}
+        rows = {"W_enc": self.W_enc, "b_enc": self.b_enc, "W_dec": self.W_dec}  # in this order: the last write stays
         tensors = {name: getattr(dictionary, name) for name in rows} | dictionary.per_latent()
         for name, new in (rows | self.sigma).items():
             if new is not None:

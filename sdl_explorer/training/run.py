@@ -109,7 +109,7 @@ class Run:
         former, schedule = self.settings, self.state.schedule
         if changed == former:
             return
-        method_of(changed).check(self.state.dictionary.n_latents)
+        method_of(changed).fits(self.state.dictionary)
         if self.moved:
             self.commit("run", f"step {self.state.step}, before a change of settings")
         self._adopt_settings(changed)

@@ -5,6 +5,7 @@ Header metadata, key "sdl_explorer", a JSON text:
     {"format_version": 1,
      "nonlinearity": {"class": "TopKSelection", "settings": {"k": 32}},
      "subtract_b_dec": false,
+     "tied": false,                            W_enc is W_dec, one parameter; false where it is missing
      "provenance": {...}}                      what `SparseDictionary.provenance` holds
 
 Tensors, row i belonging to latent i: W_enc (n_latents, d_in), W_dec (n_latents, d_out), b_enc (n_latents),
@@ -22,7 +23,7 @@ import re
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import sdl_explorer
 from sdl_explorer.models import methods  # noqa: F401  registers the nonlinearities that a file may name
@@ -80,6 +81,7 @@ def dictionary_record(dictionary: SparseDictionary) -> dict:
         "format_version": FORMAT_VERSION,
         "nonlinearity": {"class": type(sigma).__name__, "settings": sigma.settings()},
         "subtract_b_dec": dictionary.subtract_b_dec,
+        "tied": dictionary.tied,
         "provenance": origin,
     }
     try:
@@ -113,8 +115,13 @@ def build_dictionary(record: dict, tensors: dict[str, Tensor], origin: Path | st
 
     sigma = member(**settings)
     sigma.load_state_dict({name: tensors[f"nonlinearity.{name}"] for name in state}, assign=True)
-    flag = _flag(origin, record)
-    dictionary = SparseDictionary(tensors["W_enc"], tensors["W_dec"], tensors["b_enc"], tensors["b_dec"], sigma, subtract_b_dec=flag)
+    centred = _flag(origin, record, "subtract_b_dec")
+    W_enc, W_dec = tensors["W_enc"], tensors["W_dec"]
+    if _flag(origin, {"tied": False} | record, "tied"):
+        if not torch.equal(W_enc, W_dec):
+            raise ValueError(f"{origin}: tied is true and W_enc differs from W_dec. Set it to false in the file, or write the file again.")
+        W_enc = W_dec = nn.Parameter(W_dec)
+    dictionary = SparseDictionary(W_enc, W_dec, tensors["b_enc"], tensors["b_dec"], sigma, subtract_b_dec=centred)
     dictionary.provenance = dict(record.get("provenance") or {})
     return dictionary
 
@@ -191,8 +198,8 @@ def _expected_state(origin, member: type[Nonlinearity], settings: dict) -> dict[
         ) from error
 
 
-def _flag(origin, record: dict) -> bool:
-    value = record.get("subtract_b_dec")
+def _flag(origin, record: dict, name: str) -> bool:
+    value = record.get(name)
     if not isinstance(value, bool):
-        raise ValueError(f"{origin}: subtract_b_dec is {value!r}; it must be true or false.")
+        raise ValueError(f"{origin}: {name} is {value!r}; it must be true or false.")
     return value

@@ -9,8 +9,8 @@ from torch.nn.functional import normalize
 
 from sdl_explorer.data.anchors import Pins
 from sdl_explorer.models.dictionary import Encoding, Nonlinearity, SparseDictionary
-from sdl_explorer.models.terms import tie_distance
 from sdl_explorer.models.kernels import project_rows
+from sdl_explorer.models.terms import tie_distance
 
 
 class Context(NamedTuple):
@@ -47,7 +47,7 @@ class Method(param.Parameterized):
     tuned: tuple[str, ...] = ()
 
     unit_norm = param.Boolean(False, doc="Keep decoder rows at norm 1 and project their gradient onto the sphere.")
-    tie = param.Selector(default="untied", objects=["untied", "tied", "soft"], doc="Encoder rows: free, the decoder rows, or pulled to them.")
+    tie = param.Selector(default="untied", objects=["untied", "tied", "soft"], doc="Encoder rows: free, the decoder's, or pulled there.")
     tie_weight = param.Number(0.1, bounds=(0, None), doc="Strength of the pull of a soft tie.")
 
     def build(self, d_in: int, d_out: int, n_latents: int, generator: Generator) -> SparseDictionary:
