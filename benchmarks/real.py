@@ -17,16 +17,15 @@ from pathlib import Path
 
 import numpy as np
 
-from sdl_explorer import Session, Stored, TopK, capture, check_health, find_examples
-from sdl_explorer.data.minilm import count_tokens, load_minilm, python_reference
+from sdl_explorer import Session, Stored, TopK, check_health, find_examples
 from sdl_explorer.data.sources import stream
+from sdl_explorer.experiments.minilm import minilm_rows
 
 PLACES = {
     "sae": ("encoder.layer.3", None),
     "transcoder": ("encoder.layer.3.intermediate:in", "encoder.layer.3.output.dense"),
     "crosscoder": ([f"encoder.layer.{i}" for i in (1, 3, 5)], None),
 }
-TOKENS_PER_COUNT = 0.73  # of `count_tokens`, on this text
 JUDGE_ROWS = 10_000
 TOP = 8
 SHOWN = 6
@@ -67,16 +66,8 @@ def open_run(kind: str, options: argparse.Namespace) -> Session:
 
 def read_activations(folder: Path, hook_in, hook_out=None, rows: int | None = None) -> Stored:
     """MiniLM's activations on the language reference, or on paragraphs of about `rows` tokens drawn from it."""
-    texts, labels, names = python_reference()
-    sizes = np.array([count_tokens(text) for text in texts])
-    order = np.random.default_rng(0).permutation(len(texts))
-    if rows is not None:
-        order = order[: 1 + np.searchsorted(TOKENS_PER_COUNT * sizes[order].cumsum(), rows)]
-    order = order[np.argsort(sizes[order], kind="stable")]  # paragraphs of like length go together: less padding
-    model, tokenizer = load_minilm()
-    texts, labels = [texts[i] for i in order], [labels[i] for i in order]
     started = time.perf_counter()
-    source = capture(model, texts, hook_in, hook_out, tokenizer=tokenizer, labels=labels, label_names=names, folder=folder)
+    source = minilm_rows(folder, hook_in, hook_out, rows)
     removed = source.removed
     print(f"  {source.n:,} rows of {source.width_in} -> {source.width_out} in {time.perf_counter() - started:.0f} s;", end=" ")
     print(f"left out: {removed.rows:,} rows with {removed.variance:.0%} of the variance ({removed.reasons})")

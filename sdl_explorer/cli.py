@@ -123,18 +123,23 @@ def run(
 
 @app.command()
 def reproduce(
-    name: Annotated[str, typer.Argument(help="table1, table-v2, table4, table5, table6 or table7 of arXiv 2512.05534.")],
+    name: Annotated[str, typer.Argument(help="table1, table-v2, table4 to table7, fig4, fig6, fig7 or anchoring.")],
     size: Annotated[str, typer.Option(help="small (minutes), laptop (an hour) or paper.")] = "small",
     folder: Annotated[Path | None, typer.Option(help="Where results and runs go. Default: reproduced/NAME-SIZE.")] = None,
+    images: Annotated[
+        Path | None, typer.Option(help="anchoring: a folder of images, a subfolder a class. Default: MiniLM's tokens.")
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="anchoring: the vision transformer that reads the images, a name or a folder.")] = None,
     device: DeviceOption = "auto",
 ) -> None:
-    """Run a published table again, resumably, with a verdict beside each published number."""
+    """Run a table or figure of arXiv 2512.05534 again, resumably, with a verdict beside each published number."""
     with _plain_errors():
         from sdl_explorer.experiments.reproduce import reproduce as run_again
 
         folder = folder or Path("reproduced") / f"{name}-{size}"
-        run_again(name, size, folder, device, say=lambda text: typer.echo(text, err=True))
-        typer.echo((folder.expanduser() / f"{name}.md").read_text(encoding="utf-8"))
+        outcome = run_again(name, size, folder, device, lambda text: typer.echo(text, err=True), images=images, model=model)
+        typer.echo(outcome.page)
+        typer.echo(f"Written to {folder}", err=True)
 
 
 @app.command()

@@ -1,13 +1,20 @@
 """The tables of arXiv 2512.05534 as grids of cells. What the paper does not print is set here, at three sizes."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
+
+import pandas as pd
 
 from sdl_explorer.data.bench import LinearBench
 from sdl_explorer.experiments import published
-from sdl_explorer.experiments.cells import Cell
-from sdl_explorer.experiments.published import METHODS, Published
+from sdl_explorer.experiments.cells import SIDES, Cell, run_cells
+from sdl_explorer.experiments.outcome import Outcome, markdown_table
+from sdl_explorer.experiments.published import METHODS, Published, verdict
 from sdl_explorer.models.methods import BatchTopK, JumpReLU, Matryoshka, Method, ReLU, TopK
+from sdl_explorer.views.reproduced import reproduced
+
+UNPRINTED = "optimiser, learning rate, batch, steps, initialisation, decoder constraint, penalties, k and seeds are not in the paper"
 
 
 class Size(NamedTuple):
@@ -19,6 +26,7 @@ class Size(NamedTuple):
     n_latents: int
     steps: int
     batch_size: int
+    lr: float
     anchors: int  # of table 1; the tables of one factor say 100 of 1,000
 
     @property
@@ -28,9 +36,9 @@ class Size(NamedTuple):
 
 
 SIZES = {
-    "small": Size(100, 77, 3.0, 200, 300, 256, 3),
-    "laptop": Size(1000, 768, 10.0, 2_000, 1_500, 512, 30),
-    "paper": Size(1000, 768, 10.0, 16_000, 5_000, 512, 30),
+    "small": Size(100, 77, 3.0, 200, 600, 256, 4e-3, 3),
+    "laptop": Size(1000, 768, 10.0, 2_000, 1_500, 512, 1e-3, 30),
+    "paper": Size(1000, 768, 10.0, 16_000, 5_000, 512, 1e-3, 30),
 }
 
 
@@ -56,7 +64,7 @@ def bench(size: Size, **changed) -> LinearBench:
 
 
 def _both(size: Size, row, source: LinearBench, method: Method, anchors: int, seed: int) -> list[Cell]:
-    settings: dict[str, object] = {"batch_size": size.batch_size}
+    settings: dict[str, object] = {"batch_size": size.batch_size, "lr": size.lr}
     common = {"n_latents": size.n_latents, "steps": size.steps, "seed": seed, "settings": settings}
     return [Cell({"row": row, "anchored": bool(n)}, source, method, n_anchors=n, **common) for n in (0, anchors)]
 
@@ -126,3 +134,49 @@ TABLES = {
     "table6": Table("By the probability that a feature is active", _table6, published.TABLE6),
     "table7": Table("TopK by k", _table7, published.TABLE7),
 }
+
+
+def run_table(name: str, size: str, folder: Path, device: str, say: Callable[[str], None]) -> Outcome:
+    """A published table again: its cells, judged alike, with a verdict beside each published number."""
+    experiment, setting = TABLES[name], SIZES[size]
+    cells = experiment.cells(setting)
+    table = beside(run_cells(cells, folder / "runs", device, say), experiment.printed)
+    settings = {"size": size, "setting": setting._asdict(), "not specified": UNPRINTED, "cells": [cell.record for cell in cells]}
+    return Outcome(table, page(name, size, experiment, cells, table), reproduced(table, f"{experiment.title} ({size})"), settings)
+
+
+def beside(table: pd.DataFrame, printed: dict[tuple, Published]) -> pd.DataFrame:
+    """The table with the published numbers, a verdict on each, and why a number contradicts itself."""
+    numbers = [printed.get((row, anchored), Published(None, None)) for row, anchored in zip(table["row"], table["anchored"], strict=True)]
+    table = table.copy()
+    for kind in ("M_GT", "M_IP"):
+        ours = table.get(f"{kind} as published", pd.Series(float("nan"), index=table.index))
+        table[f"{kind} published"] = [getattr(one, kind) for one in numbers]
+        pairs = zip(numbers, ours, strict=True)
+        table[f"{kind} verdict"] = [verdict(getattr(one, kind), value, kind, one.contradicted) for one, value in pairs]
+    table["note"] = [one.contradicted for one in numbers]
+    return table
+
+
+def page(name: str, size: str, experiment: Table, cells: list[Cell], table: pd.DataFrame) -> str:
+    """The settings, then encoder, decoder and response side by side with what each cost."""
+    setting = SIZES[size]
+    head = [
+        f"# {name}: {experiment.title}",
+        "",
+        f"Size `{size}`: {setting.n_features} features in {setting.d_in} dimensions, {setting.active:g} active, "
+        f"{setting.n_latents} latents, {setting.steps} steps of {setting.batch_size}, rate {setting.lr:g}, one seed. "
+        f"Published: 1000 features in 768 dimensions, 10 active, 16000 latents; {UNPRINTED}. A verdict compares the encoder (absolute "
+        f"cosines, tau 0.95, features that were not anchored){'' if size == 'paper' else '; this is not the published size'}.",
+        "",
+    ]
+    shown = table.assign(
+        row=[", ".join(map(str, r)) if isinstance(r, tuple) else r for r in table["row"]], anchors=[c.n_anchors for c in cells]
+    )
+    columns = ["row", "anchors", "M_GT published", "M_GT as published", *(f"M_GT {side}" for side in SIDES)]
+    columns += ["M_IP published", "M_IP as published", *(f"M_IP {side}" for side in SIDES)]
+    columns += ["unexplained variance", "L0", "dead", "M_GT verdict", "M_IP verdict", "failed"]
+    notes = sorted({note for note in table["note"] if note})
+    methods = "Methods: " + "; ".join(sorted({repr(cell.method) for cell in cells})) + "."
+    body = markdown_table(shown[[c for c in columns if c in shown]])
+    return "\n".join([*head, body, "", *(f"Contradicts itself: {note}." for note in notes), "", methods, ""])
