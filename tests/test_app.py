@@ -255,6 +255,9 @@ def test_without_truth_it_opens_on_overview_and_says_what_is_missing():
     assert frame.banner.text == "No ground truth: recovery cannot be computed. Add anchors or class means →"
     with pytest.raises(ValueError, match="feature_table compares with true features"):
         _ = explorer.feature_table
+    form = part(shown(explorer, "Intervene"), "ResampleForm")  # stored rows share a mean, and latents compete for k places
+    assert (form.intervention().target, form.intervention().scale) == ("residual", 1.0)
+    assert "share a mean" in form.why.text and "compete for k places" in form.why.text
     explorer.close()
     explorer.session.close()
 

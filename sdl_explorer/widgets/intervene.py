@@ -3,6 +3,7 @@
 import panel as pn
 import panel_material_ui as pmui
 
+from sdl_explorer.data.store import Stored
 from sdl_explorer.training.interventions import Anchor, Resample
 from sdl_explorer.views.plan import plan_table
 from sdl_explorer.views.words import NO_ANCHORS, count, no_dead, plural
@@ -23,11 +24,19 @@ COMPETING = (
     "Encoder scale 1: latents compete for k places here, and at the usual 0.2 times the mean norm restarted ones seldom win a place and "
     "die again."
 )
+SHARED = "The residual: stored rows share a mean, which a copied input would bring into every restarted latent."
 
 
-def proposed_scale(session) -> float:
-    """Bricken et al.'s 0.2, and 1 where latents compete for k places."""
-    return 1.0 if "k" in session.method.param else Resample.param.scale.default
+def proposed(session) -> tuple[dict, str]:
+    """The form's scale and target, and why where they are not those of Bricken et al. 2023."""
+    settings, why = {"scale": Resample.param.scale.default, "target": Resample.param.target.default}, []
+    if "k" in session.method.param:
+        settings["scale"] = 1.0
+        why.append(COMPETING)
+    if isinstance(session.source, Stored):
+        settings["target"] = "residual"
+        why.append(SHARED)
+    return settings, " ".join(why)
 
 
 class ResampleForm(pn.viewable.Viewer):
@@ -42,22 +51,25 @@ class ResampleForm(pn.viewable.Viewer):
         self.which = pmui.Select(label="Restart", options=[DEAD, SELECTED], width=190, **settings, css_classes=["sdlx-resample-which"])
         self.number = pmui.TextInput(label="At most", placeholder="all", width=90, **settings, css_classes=["sdlx-resample-count"])
         self.pick = pmui.Select(label="from", options=PICKS, width=290, **settings, css_classes=["sdlx-resample-pick"])
-        self.target = pmui.Select(label="New directions copy", options=TARGETS, width=170, **settings, css_classes=["sdlx-resample-target"])
+        start, why = proposed(host.session)
+        self.target = pmui.Select(
+            label="New directions copy", options=TARGETS, value=start["target"], width=170, **settings, css_classes=["sdlx-resample-target"]
+        )
         self.scale, self.noise = (
             pmui.FloatInput(
                 label=label, value=value, start=0, end=10, step=0.05, width=130, **settings,
                 description=Resample.param[name].doc, css_classes=[f"sdlx-resample-{name}"],
             )
-            for label, name, value in (("Encoder scale", "scale", proposed_scale(host.session)), ("Noise", "noise", 0.0))
+            for label, name, value in (("Encoder scale", "scale", start["scale"]), ("Noise", "noise", 0.0))
         )  # fmt: skip
-        self.competing = Text(COMPETING, tone="quiet", visible=proposed_scale(host.session) != Resample.param.scale.default)
+        self.why = Text(why, tone="quiet", visible=bool(why))
         self.said = Text("", role="status", css_classes=["sdlx-resample-said"])
         self.preview = button("Preview", "resample-preview", self._preview)
         self.which.param.watch(lambda event: self.refresh(), "value")
         form = pn.FlexBox(
             self.which, self.number, self.pick, self.target, self.scale, self.noise, self.preview, align_items="center", margin=0
         )
-        self._view = sheet(Text("Resample", tag="h2"), self.said, form, self.competing, name="resample")
+        self._view = sheet(Text("Resample", tag="h2"), self.said, form, self.why, name="resample")
 
     def __panel__(self):
         return self._view
