@@ -115,7 +115,10 @@ class SynthBench(Generated):
         super().__init__(**settings)
         if self.branching_max is not None and self.branching_max < self.branching:
             raise ValueError(f"SynthBench: branching_max is {self.branching_max} and branching {self.branching}; it is at least that.")
-        self.model  # settings that cannot be are refused here  # noqa: B018
+        if self.folder is None:
+            build_model(self._model_settings | {"orthogonal_steps": 0})  # settings that cannot be are refused at once
+        else:
+            self.model  # noqa: B018  a broken folder too
 
     @classmethod
     def full(cls, **changes) -> "SynthBench":

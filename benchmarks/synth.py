@@ -1,0 +1,391 @@
+"""SynthSAEBench: our training against that of sae-lens on data whose features are known.
+
+    python benchmarks/synth.py                                      the scaled protocol: 1,024 features in 128 dimensions, three seeds
+    python benchmarks/synth.py --seeds 0 --steps 300 --k 4 6        a short look
+    python benchmarks/synth.py --size full --device cuda            SynthSAEBench-16k-v2 as published, ours alone (--peer adds theirs)
+
+Both libraries train on the same rows in the same order: at the scaled size from one recorded file a seed, at the full size from the
+same generator. sae-lens runs in an environment of its own (`make oracle` makes it). Every dictionary is then scored by one function on
+the same judge rows, as it is used at inference, and compared at matched L0: each curve over k is read off at the L0 of the sweep by
+linear interpolation. Cells are kept under runs/synth and are not trained again; tables go to benchmarks/results/synth.
+"""
+
+import argparse
+import json
+import platform
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.nn.functional import normalize
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # sae-lens lives where sdl_explorer is not installed
+
+from sdl_explorer.data.activations import Activations  # noqa: E402
+from sdl_explorer.data.sources import stream  # noqa: E402
+from sdl_explorer.data.synth import SynthBench  # noqa: E402
+
+ORACLE = ROOT / ".venv-oracle"
+OURS, THEIRS = "sdl_explorer", "sae-lens"
+PAIRS = [("BatchTopK", "BatchTopK"), ("BatchTopKAux", "BatchTopK"), ("Matryoshka", "Matryoshka")]  # ours, theirs
+SHARES = (1 / 16, 1 / 8, 1 / 4, 1 / 2)  # widths of the inner prefixes in both libraries; then all
+METRICS = ("f1", "mcc", "uniqueness", "precision", "recall", "explained_variance", "dead")
+BLOCK = 2_000
+# at L0 = 25 and 20, mean of five seeds (Chanin et al. 2026): F1, MCC
+PUBLISHED = {
+    "Matryoshka": ((25, 0.8793, 0.7927), (20, 0.8601, 0.7455)),
+    "BatchTopK": ((25, 0.7316, 0.7574), (20, 0.8183, 0.7526)),
+}
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """What one size means. `record`: write the training rows of a seed to a file once, instead of drawing them for each cell."""
+
+    size: str
+    n_latents: int
+    steps: int
+    lr: float
+    k: tuple[int, ...]
+    seeds: tuple[int, ...]
+    judge_rows: int
+    record: bool
+    batch_size: int = 1024
+    dead_after: int = 100_000
+
+    def bench(self, device: str = "cpu") -> SynthBench:
+        return SynthBench.full(device=device) if self.size == "full" else SynthBench(device=device)
+
+
+SCALED = Protocol("scaled", n_latents=256, steps=3_000, lr=1e-3, k=(3, 4, 6, 8), seeds=(0, 1, 2), judge_rows=50_000, record=True)
+FULL = Protocol(
+    "full",
+    n_latents=4096,
+    steps=195_312,
+    lr=3e-4,
+    k=(20, 25),
+    seeds=(0, 1, 2, 3, 4),
+    judge_rows=500_000,
+    record=False,
+    dead_after=1_000_000,
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=["scaled", "full"], default="scaled")
+    parser.add_argument("--seeds", type=int, nargs="+")
+    parser.add_argument("--steps", type=int, help="steps of 1,024 rows")
+    parser.add_argument("--k", type=int, nargs="+")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--peer", action=argparse.BooleanOptionalAction, help="train sae-lens too (default: at the scaled size)")
+    parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "synth")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "synth")
+    parser.add_argument("--train-theirs", type=Path, help=argparse.SUPPRESS)  # this script in the other environment
+    given = parser.parse_args()
+    if given.train_theirs is not None:
+        return train_theirs(given.train_theirs)
+    asked = {"seeds": given.seeds, "steps": given.steps, "k": given.k}
+    base = SCALED if given.size == "scaled" else FULL
+    protocol = replace(base, **{name: tuple(v) if isinstance(v, list) else v for name, v in asked.items() if v is not None})
+    peer = given.size == "scaled" if given.peer is None else given.peer
+    bench = protocol.bench(given.device)
+    cells = run(protocol, bench, peer, given.runs / f"{protocol.size}-{protocol.steps}")
+    report(protocol, bench, cells, given.out)
+
+
+# training ------------------------------------------------------------------------------------------------------------
+
+
+def run(protocol: Protocol, bench: SynthBench, peer: bool, folder: Path) -> list[dict]:
+    """One record a cell, trained where it is not there yet."""
+    folder.mkdir(parents=True, exist_ok=True)
+    device = bench.device
+    bench.save(folder / "model")
+    methods = {OURS: sorted({ours for ours, _ in PAIRS}), THEIRS: sorted({theirs for _, theirs in PAIRS}) if peer else []}
+    cells = []
+    for seed in protocol.seeds:
+        wanted = [(library, method, k, seed) for library in methods for method in methods[library] for k in protocol.k]
+        missing = [cell for cell in wanted if not record_of(folder, cell).is_file()]
+        rows = recorded(protocol, bench, seed, folder) if protocol.record and missing else None
+        theirs = [cell for cell in missing if cell[0] == THEIRS]
+        if theirs:
+            jobs = [{"method": m, "k": k, "out": str(folder / name_of(cell))} for cell in theirs for _, m, k, _ in [cell]]
+            plan = {"protocol": asdict(protocol), "seed": seed, "device": device, "rows": str(rows) if rows else None, "jobs": jobs}
+            (folder / "theirs.json").write_text(json.dumps(plan | {"model": str(folder / "model")}))
+            python = ORACLE / ("Scripts" if sys.platform == "win32" else "bin") / "python"
+            if not python.exists():
+                raise FileNotFoundError(
+                    f"{python} is not there, and sae-lens trains in it. Run make oracle, or leave it out with --no-peer."
+                )
+            subprocess.run([python, __file__, "--train-theirs", folder / "theirs.json"], check=True)
+        for cell in missing:
+            library, method, k, seed = cell
+            if library == OURS:
+                dictionary, seconds = train_ours(protocol, method, k, seed, bench, rows, device)
+            else:
+                dictionary, seconds = read_theirs(folder / name_of(cell))
+            found = score(dictionary.to(device), bench, protocol.judge_rows)
+            found = {"library": library, "method": method, "k": k, "seed": seed, **found, "seconds": round(seconds, 1)}
+            record_of(folder, cell).write_text(json.dumps(found))
+            print(
+                f"{library:12} {method:12} k={k:<3} seed={seed}  " + "  ".join(f"{m} {found[m]:.3f}" for m in ("l0", "f1", "mcc")),
+                flush=True,
+            )
+        cells += [json.loads(record_of(folder, cell).read_text()) for cell in wanted]
+        if rows is not None:
+            rows.unlink()
+    return cells
+
+
+def name_of(cell: tuple) -> str:
+    return "-".join(map(str, cell))
+
+
+def record_of(folder: Path, cell: tuple) -> Path:
+    return folder / f"{name_of(cell)}.json"
+
+
+def recorded(protocol: Protocol, bench: SynthBench, seed: int, folder: Path) -> Path:
+    """The training rows of a seed, in order: rows of step i are [i * batch_size, (i + 1) * batch_size)."""
+    path, size = folder / f"rows-{seed}.npy", protocol.batch_size
+    rows = np.lib.format.open_memmap(path, "w+", dtype=np.float32, shape=(protocol.steps * size, bench.width_in))
+    for step in range(protocol.steps):
+        rows[step * size : (step + 1) * size] = bench.batch(step, size, order=seed).inputs.cpu().numpy()
+    rows.flush()
+    return path
+
+
+class Rows:
+    """Training batches: of the recorded file, or drawn."""
+
+    def __init__(self, bench: SynthBench, path: Path | None, seed: int):
+        self.bench, self.seed = bench, seed
+        self.stored = None if path is None else np.load(path, mmap_mode="r")
+
+    def batch(self, index: int, size: int, order: int = 0) -> Activations:
+        if self.stored is None:
+            return self.bench.batch(index, size, order=self.seed)
+        inputs = torch.from_numpy(self.stored[index * size : (index + 1) * size].copy())
+        return Activations(inputs, inputs)
+
+
+def train_ours(protocol: Protocol, method: str, k: int, seed: int, bench: SynthBench, path: Path | None, device: str):
+    """The dictionary in eval mode, and the seconds of its training."""
+    from sdl_explorer.models import methods
+    from sdl_explorer.training.loop import train
+    from sdl_explorer.training.state import Schedule, TrainState
+
+    settings = {"k": k} | ({"prefixes": list(SHARES)} if method == "Matryoshka" else {})
+    recipe = getattr(methods, method)(**settings)
+    dictionary = recipe.build(bench.width_in, bench.width_out, protocol.n_latents, stream(seed, "weights")).to(device)
+    schedule = Schedule(protocol.lr, decay_steps=protocol.steps)
+    state = TrainState.start(dictionary, schedule, seed, protocol.dead_after)
+    began = time.perf_counter()
+    loop = train(state, recipe, Rows(bench, path, seed), batch_size=protocol.batch_size)
+    for _ in range(protocol.steps):
+        next(loop)
+    return dictionary.eval(), time.perf_counter() - began
+
+
+def train_theirs(plan_path: Path) -> None:
+    """Runs in the environment of sae-lens: its trainer with its defaults, and our rate, decay and window of dead latents."""
+    from sae_lens.config import LoggingConfig, SAETrainerConfig
+    from sae_lens.saes.batchtopk_sae import BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig
+    from sae_lens.saes.matryoshka_batchtopk_sae import MatryoshkaBatchTopKTrainingSAE, MatryoshkaBatchTopKTrainingSAEConfig
+    from sae_lens.training.sae_trainer import SAETrainer
+
+    kinds = {
+        "BatchTopK": (BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig),
+        "Matryoshka": (MatryoshkaBatchTopKTrainingSAE, MatryoshkaBatchTopKTrainingSAEConfig),
+    }
+    plan = json.loads(plan_path.read_text())
+    protocol = Protocol(**{k: tuple(v) if isinstance(v, list) else v for k, v in plan["protocol"].items()})
+    bench = SynthBench(plan["model"], device=plan["device"])
+    source = Rows(bench, None if plan["rows"] is None else Path(plan["rows"]), plan["seed"])
+    widths = [round(share * protocol.n_latents) for share in (*SHARES, 1)]
+    trainer = SAETrainerConfig(
+        total_training_samples=protocol.steps * protocol.batch_size,
+        train_batch_size_samples=protocol.batch_size,
+        lr=protocol.lr,
+        lr_end=protocol.lr / 10,
+        lr_decay_steps=protocol.steps // 5,
+        device=plan["device"],
+        dead_feature_window=max(1, protocol.dead_after // protocol.batch_size),
+        logger=LoggingConfig(log_to_wandb=False),
+    )
+    for job in plan["jobs"]:
+        torch.manual_seed(plan["seed"])
+        kind, config = kinds[job["method"]]
+        nested = {"matryoshka_widths": widths} if job["method"] == "Matryoshka" else {}
+        sae = kind(config(d_in=bench.width_in, d_sae=protocol.n_latents, k=job["k"], device=plan["device"], **nested))
+        batches = (source.batch(i, protocol.batch_size).inputs.to(plan["device"]) for i in range(protocol.steps))
+        began = time.perf_counter()
+        SAETrainer(trainer, sae, batches).fit()
+        seconds = time.perf_counter() - began
+        sae.save_inference_model(job["out"])
+        (Path(job["out"]) / "seconds.json").write_text(json.dumps(seconds))
+
+
+def read_theirs(folder: Path):
+    from sdl_explorer.models.dictionary import SparseDictionary
+
+    return SparseDictionary.load(folder, format="saelens"), json.loads((folder / "seconds.json").read_text())
+
+
+# scoring -------------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def score(dictionary, source, n: int) -> dict[str, float]:
+    """The metrics of SynthSAEBench, a block of rows at a time.
+
+    Each latent is a classifier of the feature with the largest |cosine| to its decoder row: precision, recall and F1 of
+    z != 0, undefined ones 0, averaged over all latents, dead ones included. mcc: mean |cosine| of the one-to-one matching of
+    decoder rows. uniqueness: share of distinct best features. Explained variance is pooled over all rows and columns.
+    """
+    from sdl_explorer.diagnosis.alignment import align
+
+    dictionary = dictionary.eval()
+    cosines = (normalize(dictionary.W_dec, dim=1) @ source.features.T).abs()
+    best = cosines.argmax(dim=1)
+    hits, fired, active = torch.zeros(3, dictionary.n_latents, dtype=torch.float64, device=best.device)
+    error = l0 = 0.0
+    total, squares = torch.zeros(dictionary.d_in, dtype=torch.float64, device=best.device), 0.0
+    generator = stream("synth", "judge")
+    for start in range(0, n, BLOCK):
+        block = source.sample(min(BLOCK, n - start), generator)
+        encoding = dictionary(block.inputs)
+        fires = dense(encoding.latents) != 0
+        truly = block.truth.codes[:, best] > 0
+        hits += (fires & truly).sum(dim=0)
+        fired += fires.sum(dim=0)
+        active += truly.sum(dim=0)
+        l0 += float(fires.sum())
+        error += float((block.inputs - encoding.reconstruction).double().square().sum())
+        total += block.inputs.double().sum(dim=0)
+        squares += float(block.inputs.double().square().sum())
+    precision, recall = hits / fired.clamp_min(1), hits / active.clamp_min(1)
+    return {
+        "l0": l0 / n,
+        "f1": (2 * hits / (fired + active).clamp_min(1)).mean().item(),
+        "mcc": align(dictionary, source.sample(BLOCK, generator)).mcc,
+        "uniqueness": len(best.unique()) / len(best),
+        "precision": precision.mean().item(),
+        "recall": recall.mean().item(),
+        "explained_variance": 1 - error / (squares - float(total.square().sum()) / n),
+        "dead": (fired == 0).double().mean().item(),
+    }
+
+
+def dense(latents) -> torch.Tensor:
+    return latents.dense() if latents.is_sparse else latents.values
+
+
+# tables --------------------------------------------------------------------------------------------------------------
+
+
+def matched(protocol: Protocol, cells: list[dict]) -> list[dict]:
+    """Both curves of a pair at each L0 of the sweep that both reach, a seed at a time."""
+    found = []
+    for ours, theirs in PAIRS:
+        for seed in protocol.seeds:
+            curves = [curve(cells, library, method, seed) for library, method in ((OURS, ours), (THEIRS, theirs))]
+            if not all(curves):
+                continue
+            low, high = max(c["l0"][0] for c in curves), min(c["l0"][-1] for c in curves)
+            for l0 in (k for k in protocol.k if low <= k <= high):
+                values = {
+                    f"{m}_{side}": float(np.interp(l0, c["l0"], c[m]))
+                    for m in METRICS
+                    for side, c in zip(("ours", "theirs"), curves, strict=True)
+                }
+                found.append({"ours": ours, "theirs": theirs, "l0": l0, "seed": seed, **values})
+    return found
+
+
+def curve(cells: list[dict], library: str, method: str, seed: int) -> dict[str, list[float]]:
+    own = sorted((c for c in cells if (c["library"], c["method"], c["seed"]) == (library, method, seed)), key=lambda c: c["l0"])
+    return {name: [c[name] for c in own] for name in ("l0", *METRICS)} if own else {}
+
+
+def difference(values: list[float]) -> tuple[float, float]:
+    """Mean over seeds and the half width of its 95 % interval; NaN from one seed."""
+    from scipy.stats import t
+
+    n = len(values)
+    return float(np.mean(values)), float(t.ppf(0.975, n - 1) * np.std(values, ddof=1) / n**0.5) if n > 1 else float("nan")
+
+
+def report(protocol: Protocol, bench: SynthBench, cells: list[dict], out: Path) -> None:
+    import pandas as pd
+
+    out.mkdir(parents=True, exist_ok=True)
+    table, pairs = pd.DataFrame(cells), pd.DataFrame(matched(protocol, cells))
+    table.round(5).to_csv(out / f"{protocol.size}.csv", index=False)
+    pairs.round(5).to_csv(out / f"{protocol.size}-matched.csv", index=False)
+    text = [*introduction(protocol, bench), *swept(table)]
+    if len(pairs):
+        text += comparison(pairs)
+    if protocol.size == "full":
+        text += published()
+    (out / f"{protocol.size}.md").write_text("\n".join(text) + "\n")
+    print("\n".join(text))
+
+
+def introduction(protocol: Protocol, bench: SynthBench) -> list[str]:
+    device, rows = bench.device, protocol.steps * protocol.batch_size / 1e6
+    place = torch.cuda.get_device_name(device) if device.startswith("cuda") else f"{platform.machine()}, {torch.get_num_threads()} threads"
+    return [
+        f"# SynthSAEBench, {protocol.size}",
+        "",
+        f"`{bench}`; {protocol.n_latents:,} latents, {protocol.steps:,} steps of {protocol.batch_size:,} rows ({rows:.1f} M),",
+        f"Adam at {protocol.lr:g} falling to a tenth over the last fifth, seeds {', '.join(map(str, protocol.seeds))}. Scored at",
+        f"inference on {protocol.judge_rows:,} judge rows. torch {torch.__version__}, {place}.",
+        "Metrics as SynthSAEBench defines them; F1 counts every latent, dead ones as 0.",
+        "",
+    ]
+
+
+def swept(table) -> list[str]:
+    lines = [
+        "| library | method | k | L0 | F1 | MCC | uniqueness | explained variance | dead | seconds |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for (library, method, k), group in table.groupby(["library", "method", "k"]):
+        mean = group.mean(numeric_only=True)
+        values = " | ".join(f"{mean[m]:.4f}" for m in ("f1", "mcc", "uniqueness", "explained_variance", "dead"))
+        lines.append(f"| {library} | {method} | {k} | {mean.l0:.2f} | {values} | {mean.seconds:.0f} |")
+    return [*lines, ""]
+
+
+def comparison(pairs) -> list[str]:
+    lines = ["## At matched L0", "", "Ours minus theirs, paired by seed: mean and 95 % interval over seeds.", ""]
+    lines += [
+        "| ours | theirs | L0 | F1 ours | F1 theirs | difference | MCC ours | MCC theirs | difference |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for (ours, theirs), pair in pairs.groupby(["ours", "theirs"]):
+        mean = pair.groupby("seed").mean(numeric_only=True).assign(l0="mean")
+        for l0, group in [*pair.groupby("l0"), ("mean", mean)]:
+            cells = []
+            for metric in ("f1", "mcc"):
+                ours_values, their_values = group[f"{metric}_ours"], group[f"{metric}_theirs"]
+                centre, half = difference(list(ours_values - their_values))
+                cells += [f"{ours_values.mean():.4f}", f"{their_values.mean():.4f}", f"{centre:+.4f} ± {half:.4f}"]
+            lines.append(f"| {ours} | {theirs} | {l0} | {' | '.join(cells)} |")
+    return [*lines, ""]
+
+
+def published() -> list[str]:
+    lines = ["## Published (Chanin et al. 2026, five seeds)", "", "| method | L0 | F1 | MCC |", "|---|---|---|---|"]
+    return [*lines, *(f"| {method} | {l0} | {f1} | {mcc} |" for method, rows in PUBLISHED.items() for l0, f1, mcc in rows), ""]
+
+
+if __name__ == "__main__":
+    main()
