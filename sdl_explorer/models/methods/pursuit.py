@@ -162,7 +162,7 @@ def with_pursuit(dictionary: SparseDictionary, k: int, orthogonal: bool = True) 
 
     At most k codes above zero. A transcoder or crosscoder has no atoms for its input: raises ValueError.
     """
-    kind = dictionary.provenance.get("kind", "sae")
+    kind = dictionary.provenance.get("kind") or "sae"
     if kind != "sae" or dictionary.d_in != dictionary.d_out:
         raise ValueError(
             f"with_pursuit: this is a {kind} of widths {dictionary.d_in} to {dictionary.d_out}, and a pursuit explains the input by "
