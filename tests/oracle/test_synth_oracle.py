@@ -1,15 +1,22 @@
 """SynthBench against sae_lens.synthetic: the same structure from one configuration, the same statistics, and each other's files."""
 
+import importlib.util
 import json
+import sys
+from pathlib import Path
 
 import pytest
 import torch
+from sae_lens.saes.standard_sae import StandardSAE, StandardSAEConfig
 from sae_lens.synthetic import SyntheticModel, SyntheticModelConfig
-from sae_lens.synthetic.evals import mean_correlation_coefficient
+from sae_lens.synthetic.evals import eval_sae_on_synthetic_data, mean_correlation_coefficient
+from sae_lens.synthetic.feature_dictionary import FeatureDictionary
 
 from sdl_explorer.data.sources import stream
 from sdl_explorer.data.synth import SynthBench
 from sdl_explorer.data.synth_model import CONFIG
+from sdl_explorer.models.dictionary import SparseDictionary
+from sdl_explorer.models.methods.relu import Rectified
 
 N = 40_000
 CASES = {
@@ -164,3 +171,47 @@ def test_the_published_configuration_is_the_default_one_at_full_size():
     theirs = model.activation_generator.sample(1_000)
     ours = bench.sample(1_000, stream(0)).truth.codes
     assert (ours > 0).sum(dim=1).double().mean() == pytest.approx((theirs > 0).sum(dim=1).double().mean().item(), rel=0.03)
+
+
+class Replayed:
+    """An activation generator that gives the codes of given blocks, in order."""
+
+    def __init__(self, blocks):
+        self.blocks = iter(blocks)
+
+    def sample(self, n: int) -> torch.Tensor:
+        block = next(self.blocks)
+        assert len(block) == n
+        return block
+
+
+def test_the_benchmark_scores_as_they_do():
+    """The same dictionary on the same rows: F1, precision, recall, MCC, uniqueness, L0, dead latents."""
+    spec = importlib.util.spec_from_file_location("benchmark_synth", Path(__file__).parents[2] / "benchmarks" / "synth.py")
+    benchmark = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = benchmark
+    spec.loader.exec_module(benchmark)
+    bench = SynthBench(**CASES["published"], seed=7)
+    noisy = bench.features[:30] + 0.2 * torch.randn(30, 24, generator=stream("noise"))
+    noisy[28:] *= -1  # the best |cosine| of a row that points the other way
+    sae = StandardSAE(StandardSAEConfig(d_in=24, d_sae=30, apply_b_dec_to_input=False))
+    sae.W_dec.data, sae.W_enc.data, sae.b_enc.data, sae.b_dec.data = noisy, noisy.T.clone(), torch.full((30,), -2.0), bench.model.bias
+    sae.b_enc.data[5] = -1e4
+    ours = benchmark.score(SparseDictionary(noisy.clone(), noisy.clone(), sae.b_enc.data, bench.model.bias, Rectified()), bench, 6_000)
+    generator = stream("synth", "judge")
+    blocks = [bench.sample(benchmark.BLOCK, generator).truth.codes for _ in range(3)]
+    dictionary = FeatureDictionary(120, 24, bias=False, initializer=None)
+    dictionary.feature_vectors.data, dictionary.bias.data = bench.features, bench.model.bias
+    theirs = eval_sae_on_synthetic_data(sae, dictionary, Replayed(blocks), num_samples=6_000, batch_size=benchmark.BLOCK)
+    expected = {
+        "l0": theirs.sae_l0,
+        "f1": theirs.classification.f1_score,
+        "precision": theirs.classification.precision,
+        "recall": theirs.classification.recall,
+        "mcc": theirs.mcc,
+        "uniqueness": theirs.uniqueness,
+        "dead": theirs.dead_latents / 30,
+        "explained_variance": theirs.explained_variance,
+    }
+    assert ours == pytest.approx(expected, rel=1e-3)
+    assert 0.1 < ours["f1"] < 0.9 and ours["dead"] >= 1 / 30
