@@ -92,7 +92,9 @@ class MultiTopK(_RowTop):
     are those of k. The default is Gao et al.'s L(k) + L(4k) / 8, which keeps a dictionary good when it is read at another k.
     """
 
-    multiples = param.List([4], item_type=(int, float), doc="Each further k_i as a multiple of k; k_i is at least 1 and at most n_latents.")
+    multiples = param.List(
+        [4.0], item_type=(int, float), doc="Each further k_i as a multiple of k; k_i is at least 1 and at most n_latents."
+    )
     weights = param.List([1 / 8], item_type=(int, float), doc="Weight of each further term, one for each multiple.")
 
     def check(self, n_latents):
