@@ -394,7 +394,7 @@ REFUSED = {
     "whitening": ({"normalize_activations": "covariance_whitening"}, None, "whitening"),
     "whitening too": ({}, {"scaling_factor": None, "has_whitening": True}, "whitening"),
     "unknown scale": ({"normalize_activations": "sqrt"}, None, "'sqrt'"),
-    "architecture": ({"architecture": "gated"}, None, "'gated' is not read"),
+    "architecture": ({"architecture": "temporal"}, None, "'temporal' is not read"),
     "no architecture": ({"architecture": ""}, None, "'' is not read"),
     "before 6": ({"activation_fn": "relu", "metadata": {}}, None, "before version 6"),
     "width": ({"d_in": D + 1}, None, "W_enc has shape"),
@@ -555,7 +555,7 @@ def test_what_saelens_cannot_hold_is_refused(tmp_path):
     negative.nonlinearity.threshold.data[0] = -1
     function = SparseDictionary(torch.randn(F, D), torch.randn(F, D), nonlinearity=torch.tanh)
     for dictionary, message in (
-        (make("topk", d_out=D + 1), "no TopK transcoder"),
+        (make("topk", d_out=D + 1), "no topk transcoder"),
         (crosscoder, "no crosscoder"),
         (negative, "negative"),
         (function, "Pointwise"),

@@ -2,10 +2,13 @@
 
 import pytest
 import torch
-from sae_lens.saes.gated_sae import GatedTrainingSAE, GatedTrainingSAEConfig
+from sae_lens import SAE
+from sae_lens.saes.gated_sae import GatedSAE, GatedSAEConfig, GatedTrainingSAE, GatedTrainingSAEConfig
 from sae_lens.saes.jumprelu_sae import JumpReLUTrainingSAE, JumpReLUTrainingSAEConfig
 from sae_lens.saes.sae import TrainStepInput
 from sae_lens.saes.standard_sae import StandardTrainingSAE, StandardTrainingSAEConfig
+from sae_lens.training.activation_scaler import ActivationScaler
+from safetensors.torch import load_file
 
 from sdl_explorer.data.activations import Activations
 from sdl_explorer.models.dictionary import SparseDictionary
@@ -108,3 +111,51 @@ def test_gated(centred):
         agree(getattr(dictionary, mine).grad, getattr(theirs, yours).grad, mine)
     agree(dictionary.nonlinearity.r.grad, theirs.r_mag.grad, "r")
     agree(dictionary.nonlinearity.b_mag.grad, theirs.b_mag.grad, "b_mag")
+
+
+# gated checkpoints ------------------------------------------------------------------------------------------------------
+
+
+def their_gated(centred, **settings):
+    theirs = GatedSAE(GatedSAEConfig(**COMMON, apply_b_dec_to_input=centred, **settings))
+    return randomised(theirs).eval()
+
+
+@pytest.mark.parametrize("centred", [False, True])
+def test_their_gated_saes_load_here_and_ours_there(tmp_path, centred):
+    theirs, x = their_gated(centred), torch.randn(300, D)
+    theirs.save_model(tmp_path / "theirs")
+    loaded = SparseDictionary.load(tmp_path / "theirs")
+    loaded.save(tmp_path / "ours", "saelens")
+    back = SAE.load_from_disk(tmp_path / "ours")
+    assert isinstance(back, GatedSAE) and loaded.subtract_b_dec == centred
+    with torch.no_grad():
+        codes = theirs.encode(x)
+        assert 0 < (codes > 0).float().mean() < 0.5
+        for made in (loaded.encode(x).dense(), back.encode(x)):
+            assert torch.equal(made > 0, codes > 0)
+            torch.testing.assert_close(made, codes, rtol=1e-5, atol=1e-6 * float(codes.max()))
+        torch.testing.assert_close(loaded(x).reconstruction, theirs(x), rtol=1e-5, atol=1e-5)
+    first, second = load_file(tmp_path / "theirs" / "sae_weights.safetensors"), load_file(tmp_path / "ours" / "sae_weights.safetensors")
+    assert first.keys() == second.keys() == {"W_enc", "W_dec", "b_dec", "b_gate", "b_mag", "r_mag"}
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_an_unfinished_gated_checkpoint_is_folded_as_they_do(tmp_path):
+    config = GatedTrainingSAEConfig(**COMMON, normalize_activations="expected_average_only_in")
+    theirs = randomised(GatedTrainingSAE(config))
+    theirs.save_model(tmp_path / "s")
+    ActivationScaler(scaling_factor=3.3).save(str(tmp_path / "s" / "activation_scaler.json"))
+    loaded, x = SparseDictionary.load(tmp_path / "s"), torch.randn(300, D) / 3.3
+    theirs.fold_activation_norm_scaling_factor(3.3)
+    theirs.save_inference_model(tmp_path / "folded")
+    finished = SAE.load_from_disk(tmp_path / "folded")
+    with torch.no_grad():
+        torch.testing.assert_close(loaded.encode(x).dense(), finished.encode(x), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(loaded(x).reconstruction, finished.decode(finished.encode(x)), rtol=1e-4, atol=1e-5)
+
+
+def test_a_gated_transcoder_is_refused(tmp_path):
+    dictionary = Gated().build(D, 5, N_LATENTS, torch.Generator())
+    with pytest.raises(ValueError, match="SAELens has no gated transcoder"):
+        dictionary.save(tmp_path / "s", "saelens")

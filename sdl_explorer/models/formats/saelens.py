@@ -4,6 +4,7 @@
     pre    = x_c @ W_enc + b_enc                       W_enc (d_in, d_sae): transposed at the border
     standard, transcoder              relu(pre)
     jumprelu, jumprelu_transcoder     relu(pre) * (pre > threshold)
+    gated                             (pre > 0) * relu(x_c @ (W_enc * exp(r_mag)) + b_mag), with b_gate for b_enc
     topk                              relu(top-k of pre), or of pre * m with rescale_acts_by_decoder_norm
     output                            latents @ W_dec + b_dec   (latents / m with the flag)
 
@@ -25,6 +26,7 @@ from sdl_explorer.models.atomic import replace_directory, write_file
 from sdl_explorer.models.dictionary import Nonlinearity, SparseDictionary
 from sdl_explorer.models.formats.base import Format, kind_of, provenance
 from sdl_explorer.models.formats.files import check_tensor, check_tensors, number, read_json, read_tensors, tensor_bytes
+from sdl_explorer.models.methods.gated import GatedRectified
 from sdl_explorer.models.methods.jumprelu import JumpRectified
 from sdl_explorer.models.methods.matryoshka import NestedSelection
 from sdl_explorer.models.methods.relu import Rectified
@@ -35,7 +37,7 @@ CONFIG, WEIGHTS, SCALER, SPARSITY = "cfg.json", "sae_weights.safetensors", "acti
 _VERSION = "6.0.0"
 _TRANSCODERS = ("transcoder", "jumprelu_transcoder")
 _BATCHED = ("batchtopk", "matryoshka_batchtopk")  # training checkpoints; the inference export is jumprelu
-_READ = ("standard", "topk", "jumprelu", *_TRANSCODERS, *_BATCHED)
+_READ = ("standard", "topk", "jumprelu", "gated", *_TRANSCODERS, *_BATCHED)
 _BEFORE_V6 = ("activation_fn", "activation_fn_str", "hook_point")
 _WRITTEN = {  # nonlinearity: architecture of an SAE, of a transcoder
     Rectified: ("standard", "transcoder"),
@@ -43,6 +45,7 @@ _WRITTEN = {  # nonlinearity: architecture of an SAE, of a transcoder
     BatchTopKSelection: ("jumprelu", "jumprelu_transcoder"),
     NestedSelection: ("jumprelu", "jumprelu_transcoder"),
     TopKSelection: ("topk", None),
+    GatedRectified: ("gated", None),
 }
 
 
@@ -116,6 +119,8 @@ def exported(dictionary: SparseDictionary) -> tuple[dict, dict[str, Tensor]]:
         config |= {"k": sigma.k, "rescale_acts_by_decoder_norm": False}
     if isinstance(sigma, (JumpRectified, BatchTopKSelection)):
         tensors["threshold"] = sigma.threshold.expand(dictionary.n_latents)
+    if isinstance(sigma, GatedRectified):
+        tensors |= {"b_gate": tensors.pop("b_enc"), "b_mag": sigma.b_mag, "r_mag": sigma.r}
     return config, {name: value.detach().cpu().float().clone().contiguous() for name, value in tensors.items()}
 
 
@@ -130,7 +135,9 @@ def _architecture(dictionary: SparseDictionary) -> str:
         )
     architecture = _WRITTEN[type(sigma)][kind == "transcoder"]
     if architecture is None:
-        raise ValueError("save: SAELens has no TopK transcoder, and a threshold would not select the same latents. Save it as native.")
+        raise ValueError(
+            f"save: SAELens has no {_WRITTEN[type(sigma)][0]} transcoder, and no other selects the same latents. Save it as native."
+        )
     if "threshold" in dict(sigma.named_parameters()) and (sigma.threshold < 0).any():
         raise ValueError(
             f"save: {int((sigma.threshold < 0).sum())} thresholds are negative, and SAELens has no negative latents. Save it as native."
@@ -242,7 +249,12 @@ def _tensors(config: _Config, path: Path) -> dict[str, Tensor]:
         shapes["threshold"] = (config.d_sae,)
     if config.architecture in _BATCHED:
         shapes["topk_threshold"] = ()
+    if config.architecture == "gated":
+        shapes |= dict.fromkeys(("b_gate", "b_mag", "r_mag"), shapes["b_enc"])
+        del shapes["b_enc"]
     check_tensors(path, tensors, shapes)
+    if config.architecture == "gated":
+        tensors["b_enc"] = tensors.pop("b_gate")
     return {name: value.float() for name, value in tensors.items()}
 
 
@@ -298,6 +310,10 @@ def _nonlinearity(config: _Config, tensors: dict[str, Tensor]) -> Nonlinearity:
         sigma = BatchTopKSelection(config.k)
         sigma.threshold.copy_(tensors["topk_threshold"])
         sigma.n_averaged.fill_(int(tensors["topk_threshold"] > 0))
+        return sigma
+    if config.architecture == "gated":
+        sigma = GatedRectified(config.d_sae)
+        sigma.r.data, sigma.b_mag.data = tensors["r_mag"], tensors["b_mag"]
         return sigma
     if "threshold" not in tensors:
         return Rectified()
