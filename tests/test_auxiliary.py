@@ -131,6 +131,16 @@ def test_dead_latents_alone_get_gradient(sign, subtract_b_dec):
     assert dictionary.b_dec.grad is None
 
 
+def test_a_tied_encoder_gets_the_gradient_of_both_sides():
+    method, batch = TopKAux(k=K, tie="tied", k_aux=len(DEAD)), rows(d_in=D_OUT)
+    dictionary = method.build(D_OUT, D_OUT, N_LATENTS, torch.Generator().manual_seed(0))
+    untied = SparseDictionary(dictionary.W_dec.detach(), dictionary.W_dec.detach(), nonlinearity=TopKSelection(K))
+    for one in (dictionary, untied):
+        losses_of(method, one, batch)["aux"].backward()
+    torch.testing.assert_close(dictionary.W_dec.grad, untied.W_enc.grad + untied.W_dec.grad)
+    assert dictionary.W_enc is dictionary.W_dec and untied.W_enc.grad.any()
+
+
 @pytest.mark.parametrize(("sign", "reached"), [("signed", True), ("rectified", False)])
 def test_where_every_pre_activation_is_negative_only_signed_candidates_reach_the_encoder(sign, reached):
     dictionary, batch = planted(), rows()

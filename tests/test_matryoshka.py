@@ -291,3 +291,15 @@ def test_changed_prefixes_reach_a_live_sigma():
     method.retune(foreign)
     assert foreign.k == 5, "a dictionary from elsewhere can be trained on with prefixes"
     assert type(MultiTopK(k=K).nonlinearity(N_LATENTS)) is TopKSelection
+
+
+def test_a_session_refuses_prefixes_that_outgrow_its_dictionary():
+    session = Session(LinearBench(n_features=12, d_in=8, sparsity=0.8, max_interference=0.7), method=Matryoshka(k=2), n_latents=24)
+    try:
+        session.method.prefixes = [4, 30]
+        with pytest.raises(ValueError, match="a prefix is 30 and n_latents 24"):
+            session.train(1)
+        session.method.prefixes = [4]
+        assert session.train(1).dictionary.nonlinearity.widths == [4, 24]
+    finally:
+        session.close()
