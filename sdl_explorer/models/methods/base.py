@@ -28,6 +28,11 @@ class Context(NamedTuple):
         return self.samples_since_fired >= self.dead_after
 
 
+def pre_activations(dictionary: SparseDictionary, encoding: Encoding, inputs: Tensor) -> Tensor:
+    """Those of the encoding, or computed where it kept none."""
+    return dictionary.pre(inputs) if encoding.pre is None else encoding.pre
+
+
 class Method(param.Parameterized):
     """Parameters + sigma + loss terms. Abstract; a concrete method is final and callable with no argument.
 
@@ -111,7 +116,7 @@ class Method(param.Parameterized):
     def after_step(self, dictionary: SparseDictionary, encoding: Encoding, context: Context) -> None:
         """no_grad: norm constraint, threshold average, schedules."""
         if self.unit_norm:
-            dictionary.W_dec /= dictionary.W_dec.norm(dim=1, keepdim=True).clamp_min(1e-12)
+            dictionary.W_dec.div_(dictionary.W_dec.norm(dim=1, keepdim=True).clamp_min(1e-12))
 
     def __repr__(self) -> str:
         changed = ", ".join(f"{k}={v!r}" for k, v in self.param.values(onlychanged=True).items() if k != "name")

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from sdl_explorer.models.dictionary import Latents, Nonlinearity
-from sdl_explorer.models.methods.base import Method
+from sdl_explorer.models.methods.base import Method, pre_activations
 from sdl_explorer.models.terms import squared_error, weighted_l1
 
 
@@ -48,7 +48,7 @@ class Gated(Method):
         return GatedRectified(n_latents)
 
     def objective(self, dictionary, encoding, batch, context):
-        gate = Latents(encoding.pre.relu())
+        gate = Latents(pre_activations(dictionary, encoding, batch.inputs).relu())
         through = gate.values @ dictionary.W_dec.detach() + dictionary.b_dec.detach()
         return {
             "error": squared_error(encoding.reconstruction, batch.targets),

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from sdl_explorer.models.dictionary import Nonlinearity
-from sdl_explorer.models.methods.base import Method
+from sdl_explorer.models.methods.base import Method, pre_activations
 from sdl_explorer.models.terms import pre_activation_loss, smooth_l0, squared_error
 
 
@@ -73,7 +73,7 @@ class JumpReLU(Method):
         "tanh"    mean sum_i tanh(tanh_scale * z_i |W_dec_i|)  its gradient reaches the encoder too
 
     With `l0_target` the penalty is l0 * (L0 / l0_target - 1)^2 instead, which holds that L0 there. `pre_loss` adds
-    pre_loss * mean sum_i max(theta_i - pre_i, 0) |W_dec_i| over the dead latents i, which brings them back.
+    pre_loss * mean sum_i max(theta_i - pre_i, 0) |W_dec_i| over the dead latents i, which brings them back. (Gemma Scope 2 and sae-lens square each row's distance from the target instead of the mean's.)
     """
 
     tuned = ("bandwidth",)
@@ -100,11 +100,12 @@ class JumpReLU(Method):
         if self.penalty == "tanh":
             l0 = smooth_l0(encoding.latents, dictionary, self.tanh_scale)
         else:
-            l0 = sigma.active(encoding.pre).sum(dim=1).mean()
+            l0 = sigma.active(pre_activations(dictionary, encoding, batch.inputs)).sum(dim=1).mean()
         penalty = l0 if self.l0_target is None else (l0 / self.l0_target - 1).square()
         losses = {"error": squared_error(encoding.reconstruction, batch.targets), "l0": self.l0 * penalty}
         if self.pre_loss > 0:
-            losses["pre"] = self.pre_loss * pre_activation_loss(encoding.pre, dictionary, sigma.threshold, among=context.dead)
+            pre = pre_activations(dictionary, encoding, batch.inputs)
+            losses["pre"] = self.pre_loss * pre_activation_loss(pre, dictionary, sigma.threshold, among=context.dead)
         return losses
 
     def after_step(self, dictionary, encoding, context):
