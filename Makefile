@@ -1,7 +1,7 @@
 # make app    the explorer at http://127.0.0.1:$(PORT)/        make test   everything, as CI runs it
 # make check  lint, types, layers, unit tests; no browser      make real   real activations: SAE, transcoder, crosscoder
 # make gpu-check  the device tests and the app on CUDA         make clean  drop the environments
-# make bench-ui   how long a person waits for the app
+# make bench-ui   how long a person waits for the app          make bench  a training step beside other libraries' (BENCH=--quick)
 
 PORT ?= 5006
 PYTHON ?= python3
@@ -15,7 +15,7 @@ TORCH = torch==2.13.0
 LONG = slow or browser or notebook
 SUDO = $(shell test "$$(id -u)" = 0 || echo sudo)
 
-.PHONY: app test check lint types unit oracle real gpu-check bench-ui clean
+.PHONY: app test check lint types unit oracle real gpu-check bench bench-ui clean
 .DELETE_ON_ERROR:
 # One thing at a time: the tests of a machine with two cores would slow each other past their limits
 .NOTPARALLEL:
@@ -48,6 +48,9 @@ gpu-check: $(VENV)/.made-test $(VENV)/.made-chromium
 	@$(PY) -c "import sys, torch; sys.exit(0 if torch.cuda.is_available() else \
 	    f'gpu-check: torch {torch.__version__} sees no CUDA device. Run it on a machine with a GPU and a CUDA build of torch.')"
 	$(PYTEST) -m "gpu or browser"
+
+bench: $(ORACLE)/.made-peers
+	$(ORACLE)/bin/python benchmarks/step.py $(BENCH)
 
 bench-ui: $(VENV)/.made-test $(VENV)/.made-chromium
 	$(PY) benchmarks/ui.py
@@ -84,4 +87,12 @@ $(ORACLE)/.made: tests/oracle/requirements.txt
 	$(PYTHON) -m venv $(ORACLE)
 	$(ORACLE)/bin/python -m pip install -q --disable-pip-version-check $(TORCH)
 	$(ORACLE)/bin/python -m pip install -q --disable-pip-version-check -r tests/oracle/requirements.txt
+	@touch $@
+
+# One folder a peer, without what it depends on, so that all of them run on the same torch; one that cannot be installed is skipped by name
+PEER = $(ORACLE)/bin/python -m pip install -q --disable-pip-version-check --no-deps --target $(ORACLE)/peers
+$(ORACLE)/.made-peers: $(ORACLE)/.made
+	-$(PEER)/sparsify eai-sparsify==1.3.3 natsort simple-parsing schedulefree
+	-$(PEER)/overcomplete overcomplete==0.3.0 pillow
+	-$(PEER)/dictionary_learning dictionary-learning==0.1.0
 	@touch $@
