@@ -72,8 +72,9 @@ class JumpReLU(Method):
         "step"    mean sum_i H(pre_i - theta_i)              its gradient reaches theta alone
         "tanh"    mean sum_i tanh(tanh_scale * z_i |W_dec_i|)  its gradient reaches the encoder too
 
-    With `l0_target` the penalty is l0 * (L0 / l0_target - 1)^2 instead, which holds that L0 there. `pre_loss` adds
-    pre_loss * mean sum_i max(theta_i - pre_i, 0) |W_dec_i| over the dead latents i, which brings them back. (Gemma Scope 2 and sae-lens square each row's distance from the target instead of the mean's.)
+    With `l0_target` the penalty is l0 * (L0 / l0_target - 1)^2 instead, which holds that L0 there (sae-lens squares the
+    distance of each row from the target, not of their mean). `pre_loss` adds
+    pre_loss * mean sum_i max(theta_i - pre_i, 0) |W_dec_i| over the dead latents i, which brings them back.
     """
 
     tuned = ("bandwidth",)
