@@ -7,6 +7,7 @@ from sdl_explorer.data.activations import Activations
 from sdl_explorer.data.bench import LinearBench
 from sdl_explorer.data.hierarchy import HierarchyBench
 from sdl_explorer.data.store import Stored
+from sdl_explorer.diagnosis.continuation import continued_method
 from sdl_explorer.models.dictionary import SparseDictionary
 from sdl_explorer.models.methods import Context, Gated
 from sdl_explorer.models.rewrites import scaled, shifted, uncentred
@@ -120,6 +121,23 @@ def test_it_learns_as_sae_transcoder_and_crosscoder(kind):
         assert sum(errors[-20:]) < 0.25 * sum(errors[:20])
         reached[l1] = taken[-1].l0.item()
     assert reached[0.02] > reached[0.5] > 1, "the penalty makes codes sparser"
+
+
+def test_an_unlocked_decoder_shrinks_and_a_held_one_does_not():
+    """Why unit_norm is the default: the penalty pulls on decoder norms, and nothing in the loss holds them."""
+    source, norms = LinearBench(n_features=12, d_in=8, sparsity=0.8, max_interference=0.7), {}
+    for unit_norm in (True, False):
+        method = Gated(l1=0.5, unit_norm=unit_norm)
+        state = TrainState.start(method.build(8, 8, 16, torch.Generator().manual_seed(0)), Schedule(lr=1e-2))
+        steps = train(state, method, source, batch_size=64)
+        for _ in range(300):
+            next(steps)
+        norms[unit_norm] = state.dictionary.W_dec.detach().norm(dim=1).mean().item()
+        if unit_norm:
+            held = continued_method(state.dictionary, source.sample(4_000, torch.Generator().manual_seed(1), "choose"))
+    assert Gated().unit_norm and norms[True] == pytest.approx(1.0) and norms[False] < 0.8
+    assert isinstance(held, Gated) and held.unit_norm
+    assert held.l1 == pytest.approx(0.5, rel=0.1), "a checkpoint tells the penalty that made it"
 
 
 def test_a_session_trains_saves_and_goes_on_bit_for_bit(tmp_path):

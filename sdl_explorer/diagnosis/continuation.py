@@ -8,7 +8,8 @@ from torch.nn.functional import normalize
 from sdl_explorer.data.activations import Activations
 from sdl_explorer.diagnosis.observe import encoded, evaluating
 from sdl_explorer.models.dictionary import SparseDictionary
-from sdl_explorer.models.methods import BatchTopK, JumpReLU, Method, ReLU, TopK
+from sdl_explorer.models.methods import BatchTopK, Gated, JumpReLU, Method, ReLU, TopK
+from sdl_explorer.models.methods.gated import GatedRectified
 from sdl_explorer.models.methods.jumprelu import JumpRectified
 from sdl_explorer.models.methods.relu import Rectified
 from sdl_explorer.models.methods.topk import BatchTopKSelection, TopKSelection
@@ -52,7 +53,9 @@ def continued_method(dictionary: SparseDictionary, activations: Activations) -> 
     ReLU and JumpReLU get `l0_target`; the ReLU starts from the estimated l1 (at least 1e-3 of the residual's
     norm, so that it can be scaled up). The JumpReLU's penalty is ten times the error, at which L0 stays within
     about 5 % of its target, and its bandwidth is widened until a twentieth as many pre-activations lie within it
-    as latents fire. TopK and BatchTopK keep k. `unit_norm` is on only where all decoder rows have norm 1, and a tied encoder stays tied.
+    as latents fire. Gated has no target: it starts from the l1 of its gate path, which is a ReLU dictionary with the same
+    weights. TopK and BatchTopK keep k. `unit_norm` is on only where all decoder rows have norm 1, and a tied encoder
+    stays tied.
     """
     sigma = dictionary.nonlinearity
     unit_norm = bool(((dictionary.W_dec.norm(dim=1) - 1).abs() <= UNIT).all())
@@ -61,10 +64,10 @@ def continued_method(dictionary: SparseDictionary, activations: Activations) -> 
         return TopK(k=sigma.k, **shared)
     if isinstance(sigma, BatchTopKSelection):
         return BatchTopK(k=sigma.k, **shared)
-    if not isinstance(sigma, (Rectified, JumpRectified)):
+    if not isinstance(sigma, (Rectified, JumpRectified, GatedRectified)):
         raise TypeError(
-            f"continued_method: no method trains a dictionary with {type(sigma).__name__}; ReLU, JumpReLU, TopK and BatchTopK "
-            "do. Choose a method yourself."
+            f"continued_method: no method trains a dictionary with {type(sigma).__name__}; ReLU, JumpReLU, Gated, TopK and "
+            "BatchTopK do. Choose a method yourself."
         )
     measured = estimate_penalty(dictionary, activations)
     if measured.l0 == 0:
@@ -73,6 +76,11 @@ def continued_method(dictionary: SparseDictionary, activations: Activations) -> 
         )
     if isinstance(sigma, Rectified):
         return ReLU(l1=max(measured.l1, 1e-3 * measured.error**0.5), l0_target=measured.l0, **shared)
+    if isinstance(sigma, GatedRectified):
+        gate = SparseDictionary(
+            dictionary.W_enc, dictionary.W_dec, dictionary.b_enc, dictionary.b_dec, subtract_b_dec=dictionary.subtract_b_dec
+        )
+        return Gated(l1=max(estimate_penalty(gate, activations).l1, 0.0), **shared)
     bandwidth = max(sigma.bandwidth, _bandwidth(dictionary, activations, measured.l0))
     return JumpReLU(l0=10 * measured.error, l0_target=measured.l0, bandwidth=bandwidth, **shared)
 

@@ -37,11 +37,13 @@ class Gated(Method):
     """loss = mean |x_r - recon|^2 + l1 * mean sum_i ReLU(pi_gate)_i |W_dec_i| + mean |x_r - recon of the gate path|^2.
 
     The gate path is ReLU(pi_gate) @ W_dec + b_dec through a frozen decoder, so that it trains the gate alone. The
-    penalty falls on the gate, and magnitudes are not shrunk by it.
+    penalty falls on the gate, and magnitudes are not shrunk by it. Decoder rows are held at norm 1, as published:
+    without `unit_norm` the penalty shrinks them for ever, since the frozen path does not hold them.
     """
 
     masks_only = False
 
+    unit_norm = param.Boolean(True)
     l1 = param.Number(0.1, bounds=(0, None), doc="Weight of the L1 penalty on the gate.")
 
     def nonlinearity(self, n_latents):
