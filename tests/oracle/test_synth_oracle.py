@@ -37,6 +37,16 @@ CASES = {
         "mean_magnitude": {"generator_name": "exponential", "start": 3.0, "end": 0.5},
     },
     "random rates": {"n_features": 50, "d_in": 24, "n_roots": 2, "depth": 1, "firing": "random", "min_probability": 0.05, "rank": 4},
+    "wide magnitudes": {  # so that the scaling of children shows in the moments
+        "n_features": 30,
+        "d_in": 24,
+        "n_roots": 4,
+        "depth": 1,
+        "rank": 0,
+        "firing": "constant",
+        "exclusive_portion": 0.0,
+        "std_magnitude": 3.0,
+    },
     "straight line": {"n_features": 50, "d_in": 24, "n_roots": 0, "rank": 0, "firing": "linear", "bias": 0.0, "std_magnitude": 0.0},
 }
 
@@ -132,7 +142,7 @@ def test_draws_have_the_same_statistics(pair):
     groups = bench.model.forest.group
     siblings = (groups[:, None] == groups[None]) & (groups[:, None] >= 0) & ~torch.eye(len(groups), dtype=torch.bool)
     assert never_ours[siblings].all() and never_theirs[siblings].all()
-    assert siblings.any() == bool(bench.n_roots)
+    assert siblings.any() == bool(bench.n_roots and bench.exclusive_portion)
 
 
 def test_rows_equal_theirs_for_the_same_codes(pair):
