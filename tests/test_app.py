@@ -449,3 +449,27 @@ def test_what_a_visitor_held_is_let_go():
     del page
     gc.collect()
     assert gone() is None
+
+
+def methods():
+    from sdl_explorer import registry
+    from sdl_explorer.models.methods import Method
+
+    return registry.members(Method).values()
+
+
+@pytest.mark.parametrize("kind", methods(), ids=lambda kind: kind.__name__)
+def test_every_method_has_fields_in_the_rail_and_an_empty_one_can_be_filled(kind):
+    from sdl_explorer import Explorer, LinearBench, Session
+    from sdl_explorer.widgets.settings import Settings
+
+    method = kind(**({"k": 2} if "k" in kind.param else {}))
+    with Session(LinearBench(n_features=6, d_in=8, sparsity=0.8), method, n_latents=12, device="cpu") as session:
+        explorer = Explorer(session)
+        rail = Settings(explorer.desk)
+        rail.refresh()
+        assert (kind.__name__, "k") in rail._fields or "k" not in kind.param
+        if "l0_target" in kind.param:
+            rail._fields[kind.__name__, "l0_target"][0].value = 4.0
+            assert rail.waiting.text == "Waiting: l0 target = 4"
+        explorer.close()

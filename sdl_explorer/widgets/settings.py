@@ -74,7 +74,7 @@ class Settings(pn.viewable.Viewer):
     def _mark(self) -> None:
         edits = self._edits()
         self.apply.disabled = not edits or not self.host.session.writable
-        self.waiting.text = f"Waiting: {', '.join(f'{name} = {value:g}' for _, name, value in edits.values())}" if edits else ""
+        self.waiting.text = f"Waiting: {_said(edits.values())}" if edits else ""
 
     async def _apply(self, event) -> None:
         edits = list(self._edits().values())
@@ -84,9 +84,12 @@ class Settings(pn.viewable.Viewer):
                 setattr(owner, name, value)
             return session.commit()
 
-        await self.host.do(
-            apply, self.host.session, said="Settings take effect from here: " + ", ".join(f"{n} = {v:g}" for _, n, v in edits)
-        )
+        await self.host.do(apply, self.host.session, said=f"Settings take effect from here: {_said(edits)}")
+
+
+def _said(edits) -> str:
+    """'lr = 0.01, l0 target = none'"""
+    return ", ".join(f"{name.replace('_', ' ')} = {'none' if value is None else f'{value:g}'}" for _, name, value in edits)
 
 
 def _field(owner, name: str):
@@ -94,7 +97,7 @@ def _field(owner, name: str):
     parameter = owner.param[name]
     low, high = parameter.bounds or (None, None)
     kind = pmui.IntInput if isinstance(parameter, param.Integer) else pmui.FloatInput
-    step = 1 if kind is pmui.IntInput else max(abs(getattr(owner, name)) / 10, 1e-6)
+    step = 1 if kind is pmui.IntInput else max(abs(getattr(owner, name) or 0) / 10, 1e-6)
     return kind(
         label=name.replace("_", " "), value=getattr(owner, name), start=low, end=high, step=step, description=parameter.doc or None,
         width=220, size="small", margin=(5, 10), css_classes=[f"sdlx-set-{name.replace('_', '-')}"],
