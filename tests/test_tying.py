@@ -61,7 +61,7 @@ def test_every_method_ties(cls):
     assert start.tied and torch.equal(start.W_enc, built(small(cls)).W_enc)
     names = [name for name, _ in start.named_parameters()]
     assert "W_dec" not in names and len(names) == len(list(built(small(cls)).parameters())) - 1
-    state = trained(method)
+    state = trained(method, 4)
     assert state.dictionary.tied and state.dictionary.W_enc.data_ptr() == state.dictionary.W_dec.data_ptr()
     assert not torch.equal(state.dictionary.W_enc, start.W_enc)
     assert sum(p is state.dictionary.W_dec for group in state.optimiser.param_groups for p in group["params"]) == 1
@@ -72,7 +72,7 @@ def test_every_method_ties(cls):
 @pytest.mark.parametrize("cls", METHODS)
 def test_every_method_ties_softly_or_not(cls):
     """A soft tie of a large weight ends nearer to a tie than none; its term is the published square, and no other method has it."""
-    free, soft = trained(small(cls), 40), trained(small(cls, tie="soft", tie_weight=10.0), 40)
+    free, soft = trained(small(cls), 15), trained(small(cls, tie="soft", tie_weight=10.0), 15)
     gap = lambda state: (state.dictionary.W_enc - state.dictionary.W_dec).norm().item()
     assert not free.dictionary.tied and not soft.dictionary.tied
     assert gap(soft) < 0.5 * gap(free)
@@ -109,8 +109,8 @@ def test_a_tied_topk_recovers_in_the_encoder_what_an_untied_one_does_not():
     def encoder_cosine(tie: str) -> float:
         method = TopK(k=3, tie=tie)
         state = TrainState.start(method.build(16, 16, 48, torch.Generator().manual_seed(0)), Schedule(lr=5e-3))
-        steps = train(state, method, bench, batch_size=256)
-        for _ in range(400):
+        steps = train(state, method, bench, batch_size=128)
+        for _ in range(250):
             next(steps)
         rows = torch.nn.functional.normalize(state.dictionary.W_enc.detach(), dim=1)
         return (features @ rows.T).amax(dim=1).mean().item()

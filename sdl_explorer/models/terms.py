@@ -3,7 +3,7 @@
 A term of latents is a mean over the batch, so a batch and the same batch doubled give the same loss, and it is the
 same for dense and sparse latents. A term of the weights alone is a function of the dictionary. Sums of squares run
 over coordinates (arXiv 2512.05534, eq. 4), which sets the scale of every coefficient. All return 0-d tensors and
-are unweighted; a method multiplies them by its coefficients.
+are unweighted; a method multiplies them by its coefficients in `objective`, and so does a method of your own.
 """
 
 import torch
