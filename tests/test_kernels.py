@@ -11,7 +11,9 @@ from sdl_explorer.data.bench import LinearBench
 from sdl_explorer.data.hierarchy import HierarchyBench
 from sdl_explorer.models import kernels
 from sdl_explorer.models.dictionary import SparseDictionary
-from sdl_explorer.models.methods import BatchTopK, Context, TopK
+from sdl_explorer.models.methods import BatchTopK, Context, JumpReLU, ReLU, TopK
+from sdl_explorer.models.methods.jumprelu import JumpRectified
+from sdl_explorer.models.methods.relu import Rectified
 from sdl_explorer.models.methods.topk import BatchTopKSelection, TopKSelection
 from sdl_explorer.models.terms import squared_error
 from sdl_explorer.session import Session
@@ -105,38 +107,42 @@ def test_the_path_is_a_rule_of_sizes():
 # loss and gradients ---------------------------------------------------------------------------------------------------
 
 SHAPES = {"SAE": (10, 10, {}), "pre-bias": (10, 10, {"subtract_b_dec": True}), "transcoder": (10, 6, {}), "crosscoder": (15, 15, {})}
-SIGMAS = {"TopK": TopKSelection, "BatchTopK": BatchTopKSelection}
+METHODS = {"TopK": TopK(k=3), "BatchTopK": BatchTopK(k=3), "ReLU": ReLU(), "JumpReLU": JumpReLU(bandwidth=2.0, threshold=1.5)}
+SELECTING = ("TopK", "BatchTopK")
 
 
-def loss_and_gradients(sigma, shape, x, y, device):
+def loss_and_gradients(name, shape, x, y, device="cpu"):
     d_in, d_out, kwargs = SHAPES[shape]
-    dictionary = random_dictionary(SIGMAS[sigma](3), d_in, d_out, **kwargs).to(device)
+    method = METHODS[name]
+    dictionary = random_dictionary(method.nonlinearity(96), d_in, d_out, **kwargs).to(device)
     x = x.to(device).requires_grad_()
     encoding = dictionary(x)
-    loss = squared_error(encoding.reconstruction, y.to(device))
+    context = Context(0, torch.zeros(96), None, torch.Generator())
+    loss = sum(method.objective(dictionary, encoding, Activations(x, y.to(device)), context).values())
     loss.backward()
     return encoding, [loss, x.grad, *(p.grad for p in dictionary.parameters())]
 
 
-@pytest.mark.parametrize("sigma", SIGMAS)
+@pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_loss_and_gradients_are_those_of_the_dense_path(path, device, sigma, shape):
+def test_loss_and_gradients_are_those_of_the_dense_path(path, device, name, shape):
     d_in, d_out, _ = SHAPES[shape]
     x, y = torch.randn(600, d_in), torch.randn(600, d_out)  # two blocks
     path(sparse=True)
-    sparse, ours = loss_and_gradients(sigma, shape, x, y, device)
+    sparse, ours = loss_and_gradients(name, shape, x, y, device)
     path(sparse=False)
-    dense, expected = loss_and_gradients(sigma, shape, x, y, device)
-    assert sparse.pre is None and dense.pre is not None
+    dense, expected = loss_and_gradients(name, shape, x, y, device)
+    assert dense.pre is not None
+    assert (sparse.pre is None) == (name in SELECTING or device == "cpu")
     torch.testing.assert_close(sparse.latents.dense(), dense.latents.dense(), rtol=1e-6, atol=1e-5)
     for one, other in zip(ours, expected, strict=True):
         assert (one - other).norm() <= 1e-6 * other.norm()
 
 
-@pytest.mark.parametrize("sigma", SIGMAS)
+@pytest.mark.parametrize("sigma", [TopKSelection(3), BatchTopKSelection(3), Rectified()])
 def test_gradients_agree_with_finite_differences(path, sigma):
     path(sparse=True)
-    dictionary = random_dictionary(SIGMAS[sigma](3), dtype=torch.float64, subtract_b_dec=True)
+    dictionary = random_dictionary(sigma, dtype=torch.float64, subtract_b_dec=True)
     x = torch.randn(9, 10, dtype=torch.float64)
     names = [name for name, _ in dictionary.named_parameters()]
 
@@ -171,12 +177,34 @@ def test_nothing_of_the_size_of_the_codes_is_kept_for_backward(path, method):
     assert saved and max(saved) < n * n_latents / 8
 
 
-@pytest.mark.parametrize("sigma", SIGMAS)
-def test_the_same_step_gives_the_same_bits(path, sigma):
+@pytest.mark.parametrize("name", METHODS)
+def test_the_same_step_gives_the_same_bits(path, name):
     path(sparse=True)
     x = torch.randn(600, 10)
-    first, second = (loss_and_gradients(sigma, "SAE", x, x, "cpu")[1] for _ in range(2))
+    first, second = (loss_and_gradients(name, "SAE", x, x)[1] for _ in range(2))
     assert all(map(torch.equal, first, second))
+
+
+def test_relu_is_sparse_only_where_its_codes_are(monkeypatch):
+    """By the density of the first rows; the codes are the same either way."""
+    monkeypatch.setattr(kernels, "SMALL", 0)
+    x = torch.randn(200, 10)
+    for bias, sparse in ((-8.0, True), (-1.0, False)):
+        dictionary = random_dictionary(Rectified())
+        dictionary.b_enc.data.fill_(bias)
+        encoding = dictionary(x)
+        assert encoding.latents.is_sparse == sparse == (encoding.pre is None)
+        torch.testing.assert_close(encoding.latents.dense(), dictionary.pre(x).relu())
+
+
+def test_jumprelu_keeps_what_its_straight_through_gradient_reads_below_the_threshold(path):
+    path(sparse=True)
+    sigma = JumpRectified(96, bandwidth=1.0)
+    sigma.threshold.data.fill_(1.5)
+    dictionary, x = random_dictionary(sigma), torch.randn(50, 10)
+    encoding, pre = dictionary(x), dictionary.pre(x)
+    assert len(encoding.latents.values) == (pre >= 1.0).sum() > (encoding.latents.values > 0).sum() == (pre > 1.5).sum()
+    assert encoding.latents.l0 == sigma.l0(encoding)
 
 
 # training -------------------------------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ from sdl_explorer.models.dictionary import Latents, SparseDictionary
 GROUP = 16  # members of a group whose maximum stands for them
 BLOCK = 512  # rows whose pre-activations are held at a time on the CPU
 DENSITY = 1 / 32  # share of kept entries up to which sparse sums beat dense products
+PROBE = 64  # rows that tell whether a batch is sparse
 SMALL = 2e8  # multiply-adds of an encoder product below which a dense step is as fast
 
 
@@ -84,15 +85,34 @@ def select_batch(inputs: Float[Tensor, "n d_in"], dictionary: SparseDictionary, 
     return best[order], where
 
 
+@torch.no_grad()
+def select_above(inputs: Float[Tensor, "n d_in"], dictionary: SparseDictionary, floor: Tensor | float) -> tuple[Tensor, Tensor] | None:
+    """(values, flat indices) of the pre-activations at or above `floor`, a number or one for each latent, by row.
+
+    None where dense products are the faster way: too small a problem, more than DENSITY of the first rows'
+    pre-activations, or an accelerator, which would have to tell the host how many there are.
+    """
+    if inputs.device.type != "cpu" or not pays(len(inputs), dictionary, 0):
+        return None
+    if (dictionary.pre(inputs[:PROBE]) >= floor).float().mean() > DENSITY:
+        return None
+    found, where = [], []
+    for rows, pre in blocks(inputs, dictionary):
+        values, at = _reaching(pre, floor)
+        found.append(values)
+        where.append(at + rows.start * dictionary.n_latents)
+    return torch.cat(found), torch.cat(where)
+
+
 def _largest_of_all(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
     values, indices = largest(scores.view(1, -1), min(count, scores.numel()))
     return values[0], indices[0]
 
 
-def _reaching(scores: Tensor, bound: Tensor) -> tuple[Tensor, Tensor]:
-    """(values, flat indices) of all scores that are not below the bound; NaN is not."""
+def _reaching(scores: Tensor, bound: Tensor | float) -> tuple[Tensor, Tensor]:
+    """(values, flat indices) by row of all scores that are not below the bound, one for all or for each column; NaN is not."""
     n, m = scores.shape
-    if m % GROUP:
+    if m % GROUP or (isinstance(bound, Tensor) and bound.ndim > 0):
         at = (~(scores < bound)).view(-1).nonzero().view(-1)
         return scores.view(-1)[at], at
     groups = m // GROUP
@@ -122,8 +142,15 @@ def blocks(inputs: Tensor, dictionary: SparseDictionary) -> Iterator[tuple[slice
 class Bags:
     """Which entries there are: `indices` by row, row r owning offsets[r]:offsets[r + 1]; and the same by latent."""
 
+    pre: Tensor  # of each entry, detached
+
     def __init__(self, indices: Int[Tensor, " entries"], offsets: Int[Tensor, " rows"], n_latents: int):
         self.indices, self.offsets, self.n_latents = indices, offsets, n_latents
+
+    @classmethod
+    def at(cls, where: Int[Tensor, " entries"], n: int, n_latents: int) -> "Bags":
+        """Entries at flat indices that are ordered by row."""
+        return cls(where % n_latents, torch.searchsorted(where // n_latents, torch.arange(n + 1, device=where.device)), n_latents)
 
     def encode(self, values: Tensor, inputs: Tensor, dictionary: SparseDictionary) -> Tensor:
         """The entries' pre-activations, known already, with the gradient of W_enc, b_enc, inputs and a subtracted b_dec."""
@@ -195,19 +222,33 @@ class _Decoded(torch.autograd.Function):
 def top_rows(inputs: Float[Tensor, "n d_in"], dictionary: SparseDictionary, k: int) -> Latents:
     """ReLU of the k largest pre-activations of each row."""
     values, indices = select_rows(inputs, dictionary, k)
-    return _rectified(inputs, dictionary, values.view(-1), indices.view(-1), torch.arange(len(inputs) + 1, device=inputs.device) * k)
+    offsets = torch.arange(len(inputs) + 1, device=inputs.device) * k
+    return _latents(inputs, dictionary, values.view(-1), Bags(indices.view(-1), offsets, dictionary.n_latents), _relu)
 
 
 def top_batch(inputs: Float[Tensor, "n d_in"], dictionary: SparseDictionary, count: int) -> Latents:
     """ReLU of the `count` largest pre-activations of the batch."""
     values, where = select_batch(inputs, dictionary, count)
-    ends = torch.arange(len(inputs) + 1, device=where.device) * dictionary.n_latents
-    return _rectified(inputs, dictionary, values, where % dictionary.n_latents, torch.searchsorted(where, ends))
+    return _latents(inputs, dictionary, values, Bags.at(where, len(inputs), dictionary.n_latents), _relu)
 
 
-def _rectified(inputs: Tensor, dictionary: SparseDictionary, values: Tensor, indices: Tensor, offsets: Tensor) -> Latents:
-    bags = Bags(indices, offsets, dictionary.n_latents)
-    return Latents(bags.encode(values, inputs, dictionary).relu(), indices, offsets, dictionary.n_latents, bags)
+def above(inputs: Float[Tensor, "n d_in"], dictionary: SparseDictionary, floor: Tensor | float = 0.0, sigma=None) -> Latents | None:
+    """sigma(pre-activations, their latents), ReLU by default, of all that reach `floor`; None where `select_above` says so."""
+    selected = select_above(inputs, dictionary, floor)
+    if selected is None:
+        return None
+    values, where = selected
+    return _latents(inputs, dictionary, values, Bags.at(where, len(inputs), dictionary.n_latents), sigma or _relu)
+
+
+def _latents(inputs: Tensor, dictionary: SparseDictionary, values: Tensor, bags: Bags, sigma) -> Latents:
+    bags.pre = values
+    codes = sigma(bags.encode(values, inputs, dictionary), bags.indices)
+    return Latents(codes, bags.indices, bags.offsets, dictionary.n_latents, bags)
+
+
+def _relu(pre: Tensor, latents: Tensor) -> Tensor:
+    return pre.relu()
 
 
 # rows -----------------------------------------------------------------------------------------------------------------

@@ -5,7 +5,8 @@ import param
 import torch
 from torch import Tensor, nn
 
-from sdl_explorer.models.dictionary import Nonlinearity
+from sdl_explorer.models.dictionary import Encoding, Latents, Nonlinearity
+from sdl_explorer.models.kernels import above
 from sdl_explorer.models.methods.base import Method, pre_activations
 from sdl_explorer.models.terms import pre_activation_loss, smooth_l0, squared_error
 
@@ -23,7 +24,7 @@ class _Jump(torch.autograd.Function):
     def backward(ctx, grad):
         pre, threshold = ctx.saved_tensors
         edge = _rectangle(pre - threshold, ctx.bandwidth)
-        return grad * (pre > threshold), -(grad * edge * threshold).sum(dim=0), None
+        return grad * (pre > threshold), -(grad * edge * threshold).sum_to_size(threshold.shape), None
 
 
 class _Step(torch.autograd.Function):
@@ -38,7 +39,7 @@ class _Step(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         pre, threshold = ctx.saved_tensors
-        return None, -(grad * _rectangle(pre - threshold, ctx.bandwidth)).sum(dim=0), None
+        return None, -(grad * _rectangle(pre - threshold, ctx.bandwidth)).sum_to_size(threshold.shape), None
 
 
 def _rectangle(distance: Tensor, bandwidth: float) -> Tensor:
@@ -58,12 +59,24 @@ class JumpRectified(Nonlinearity):
     def settings(self):
         return {"n_latents": len(self.threshold), "bandwidth": self.bandwidth}
 
+    def select(self, inputs: Tensor, dictionary) -> Latents | None:
+        """What `forward` gives, where the codes are sparse enough to be cheaper so; otherwise None. Entries begin at
+        theta - bandwidth / 2, where the straight-through gradients do."""
+        jump = lambda pre, latents: _Jump.apply(pre, self.threshold[latents], self.bandwidth)
+        return above(inputs, dictionary, self.threshold.detach() - self.bandwidth / 2, jump)
+
     def forward(self, pre: Tensor, *, inputs, dictionary) -> Tensor:
         return _Jump.apply(pre, self.threshold, self.bandwidth)
 
-    def active(self, pre: Tensor) -> Tensor:
-        """H(pre - theta), with the straight-through gradient to theta."""
-        return _Step.apply(pre, self.threshold, self.bandwidth)
+    def active(self, pre: Tensor, latents: Tensor | None = None) -> Tensor:
+        """H(pre - theta), with the straight-through gradient to theta; `latents` says whose, where pre is not of all."""
+        return _Step.apply(pre, self.threshold if latents is None else self.threshold[latents], self.bandwidth)
+
+    def l0(self, encoding: Encoding) -> Tensor:
+        """mean_r sum_i H(pre_i - theta_i). Entries that `select` left out are further below theta than a gradient reaches."""
+        if encoding.pre is not None:
+            return self.active(encoding.pre).sum(dim=1).mean()
+        return self.active(encoding.latents.bags.pre, encoding.latents.layout[0]).sum() / encoding.latents.n
 
 
 class JumpReLU(Method):
@@ -98,10 +111,7 @@ class JumpReLU(Method):
 
     def objective(self, dictionary, encoding, batch, context):
         sigma = dictionary.nonlinearity
-        if self.penalty == "tanh":
-            l0 = smooth_l0(encoding.latents, dictionary, self.tanh_scale)
-        else:
-            l0 = sigma.active(pre_activations(dictionary, encoding, batch.inputs)).sum(dim=1).mean()
+        l0 = smooth_l0(encoding.latents, dictionary, self.tanh_scale) if self.penalty == "tanh" else sigma.l0(encoding)
         penalty = l0 if self.l0_target is None else (l0 / self.l0_target - 1).square()
         losses = {"error": squared_error(encoding.reconstruction, batch.targets), "l0": self.l0 * penalty}
         if self.pre_loss > 0:

@@ -4,7 +4,8 @@ import param
 import torch
 from torch import Tensor
 
-from sdl_explorer.models.dictionary import Nonlinearity
+from sdl_explorer.models.dictionary import Latents, Nonlinearity
+from sdl_explorer.models.kernels import above
 from sdl_explorer.models.methods.base import Method
 from sdl_explorer.models.terms import plain_l1, squared_error, weighted_l1
 
@@ -19,6 +20,10 @@ class Rectified(Nonlinearity):
     def __init__(self):
         super().__init__()
         self.register_buffer("log_scale", torch.zeros(()))
+
+    def select(self, inputs: Tensor, dictionary) -> Latents | None:
+        """What `forward` gives, where the codes are sparse enough to be cheaper so; otherwise None."""
+        return above(inputs, dictionary)
 
     def forward(self, pre: Tensor, *, inputs, dictionary) -> Tensor:
         return pre.relu()
