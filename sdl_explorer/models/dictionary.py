@@ -22,7 +22,7 @@ class Latents:
     """
 
     def __init__(
-        self, values: Tensor, indices: Tensor | None = None, offsets: Tensor | None = None, n_latents: int | None = None, bags=None
+        self, values: Tensor, indices: Tensor | None = None, offsets: Tensor | None = None, n_latents: int | None = None, bags: Any = None
     ):
         self.values, self.indices, self.offsets, self.bags = values, indices, offsets, bags
         self.n_latents = int(values.shape[1]) if n_latents is None else n_latents
