@@ -257,10 +257,10 @@ def _preview(dictionary: SparseDictionary, latents: Tensor, refitted: Refit, fou
 
 
 def _refuse(dictionary: SparseDictionary) -> None:
-    if dictionary.W_enc is dictionary.W_dec:
+    if dictionary.tied:
         raise ValueError(
             "Realign: the encoder of this dictionary is tied to its decoder, so it has no row of its own to turn. "
-            "Realign is for encoders that are not tied."
+            "Give it one with rewrites.untied(dictionary)."
         )
     if not isinstance(dictionary.nonlinearity, KNOWN):
         raise ValueError(
