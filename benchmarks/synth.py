@@ -6,13 +6,12 @@
 
 Both libraries train on the same rows in the same order: at the scaled size from one recorded file a seed, at the full size from the
 same generator. sae-lens runs in an environment of its own (`make oracle` makes it). Every dictionary is then scored by one function on
-the same judge rows, as it is used at inference, and compared at matched L0: each curve over k is read off at the L0 of the sweep by
-linear interpolation. Cells are kept under runs/synth and are not trained again; tables go to benchmarks/results/synth.
+the same judge rows, as it is used at inference, and compared at matched L0: each curve over k is read off there by linear
+interpolation. Cells are kept under runs/synth and are not trained again; tables go to benchmarks/results/synth.
 """
 
 import argparse
 import json
-import platform
 import subprocess
 import sys
 import time
@@ -24,23 +23,17 @@ import torch
 from torch.nn.functional import normalize
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))  # sae-lens lives where sdl_explorer is not installed
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]  # sae-lens lives where sdl_explorer is not installed
+
+from synth_tables import OURS, PAIRS, THEIRS, report  # noqa: E402  the file beside this one
 
 from sdl_explorer.data.activations import Activations  # noqa: E402
 from sdl_explorer.data.sources import stream  # noqa: E402
 from sdl_explorer.data.synth import SynthBench  # noqa: E402
 
 ORACLE = ROOT / ".venv-oracle"
-OURS, THEIRS = "sdl_explorer", "sae-lens"
-PAIRS = [("BatchTopK", "BatchTopK"), ("BatchTopKAux", "BatchTopK"), ("Matryoshka", "Matryoshka")]  # ours, theirs
 SHARES = (1 / 16, 1 / 8, 1 / 4, 1 / 2)  # widths of the inner prefixes in both libraries; then all
-METRICS = ("f1", "mcc", "uniqueness", "precision", "recall", "explained_variance", "dead")
 BLOCK = 2_000
-# at L0 = 25 and 20, mean of five seeds (Chanin et al. 2026): F1, MCC
-PUBLISHED = {
-    "Matryoshka": ((25, 0.8793, 0.7927), (20, 0.8601, 0.7455)),
-    "BatchTopK": ((25, 0.7316, 0.7574), (20, 0.8183, 0.7526)),
-}
 
 
 @dataclass(frozen=True)
@@ -285,106 +278,6 @@ def score(dictionary, source, n: int) -> dict[str, float]:
 
 def dense(latents) -> torch.Tensor:
     return latents.dense() if latents.is_sparse else latents.values
-
-
-# tables --------------------------------------------------------------------------------------------------------------
-
-
-def matched(protocol: Protocol, cells: list[dict]) -> list[dict]:
-    """Both curves of a pair at each L0 of the sweep that both reach, a seed at a time."""
-    found = []
-    for ours, theirs in PAIRS:
-        for seed in protocol.seeds:
-            curves = [curve(cells, library, method, seed) for library, method in ((OURS, ours), (THEIRS, theirs))]
-            if not all(curves):
-                continue
-            low, high = max(c["l0"][0] for c in curves), min(c["l0"][-1] for c in curves)
-            for l0 in (k for k in protocol.k if low <= k <= high):
-                values = {
-                    f"{m}_{side}": float(np.interp(l0, c["l0"], c[m]))
-                    for m in METRICS
-                    for side, c in zip(("ours", "theirs"), curves, strict=True)
-                }
-                found.append({"ours": ours, "theirs": theirs, "l0": l0, "seed": seed, **values})
-    return found
-
-
-def curve(cells: list[dict], library: str, method: str, seed: int) -> dict[str, list[float]]:
-    own = sorted((c for c in cells if (c["library"], c["method"], c["seed"]) == (library, method, seed)), key=lambda c: c["l0"])
-    return {name: [c[name] for c in own] for name in ("l0", *METRICS)} if own else {}
-
-
-def difference(values: list[float]) -> tuple[float, float]:
-    """Mean over seeds and the half width of its 95 % interval; NaN from one seed."""
-    from scipy.stats import t
-
-    n = len(values)
-    return float(np.mean(values)), float(t.ppf(0.975, n - 1) * np.std(values, ddof=1) / n**0.5) if n > 1 else float("nan")
-
-
-def report(protocol: Protocol, bench: SynthBench, cells: list[dict], out: Path) -> None:
-    import pandas as pd
-
-    out.mkdir(parents=True, exist_ok=True)
-    table, pairs = pd.DataFrame(cells), pd.DataFrame(matched(protocol, cells))
-    table.round(5).to_csv(out / f"{protocol.size}.csv", index=False)
-    pairs.round(5).to_csv(out / f"{protocol.size}-matched.csv", index=False)
-    text = [*introduction(protocol, bench), *swept(table)]
-    if len(pairs):
-        text += comparison(pairs)
-    if protocol.size == "full":
-        text += published()
-    (out / f"{protocol.size}.md").write_text("\n".join(text) + "\n")
-    print("\n".join(text))
-
-
-def introduction(protocol: Protocol, bench: SynthBench) -> list[str]:
-    device, rows = bench.device, protocol.steps * protocol.batch_size / 1e6
-    place = torch.cuda.get_device_name(device) if device.startswith("cuda") else f"{platform.machine()}, {torch.get_num_threads()} threads"
-    return [
-        f"# SynthSAEBench, {protocol.size}",
-        "",
-        f"`{bench}`; {protocol.n_latents:,} latents, {protocol.steps:,} steps of {protocol.batch_size:,} rows ({rows:.1f} M),",
-        f"Adam at {protocol.lr:g} falling to a tenth over the last fifth, seeds {', '.join(map(str, protocol.seeds))}. Scored at",
-        f"inference on {protocol.judge_rows:,} judge rows. torch {torch.__version__}, {place}.",
-        "Metrics as SynthSAEBench defines them; F1 counts every latent, dead ones as 0.",
-        "",
-    ]
-
-
-def swept(table) -> list[str]:
-    lines = [
-        "| library | method | k | L0 | F1 | MCC | uniqueness | explained variance | dead | seconds |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    for (library, method, k), group in table.groupby(["library", "method", "k"]):
-        mean = group.mean(numeric_only=True)
-        values = " | ".join(f"{mean[m]:.4f}" for m in ("f1", "mcc", "uniqueness", "explained_variance", "dead"))
-        lines.append(f"| {library} | {method} | {k} | {mean.l0:.2f} | {values} | {mean.seconds:.0f} |")
-    return [*lines, ""]
-
-
-def comparison(pairs) -> list[str]:
-    lines = ["## At matched L0", "", "Ours minus theirs, paired by seed: mean and 95 % interval over seeds.", ""]
-    lines += [
-        "| ours | theirs | L0 | F1 ours | F1 theirs | difference | MCC ours | MCC theirs | difference |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    for (ours, theirs), pair in pairs.groupby(["ours", "theirs"]):
-        mean = pair.groupby("seed").mean(numeric_only=True).assign(l0="mean")
-        for l0, group in [*pair.groupby("l0"), ("mean", mean)]:
-            cells = []
-            for metric in ("f1", "mcc"):
-                ours_values, their_values = group[f"{metric}_ours"], group[f"{metric}_theirs"]
-                centre, half = difference(list(ours_values - their_values))
-                cells += [f"{ours_values.mean():.4f}", f"{their_values.mean():.4f}", f"{centre:+.4f} ± {half:.4f}"]
-            lines.append(f"| {ours} | {theirs} | {l0} | {' | '.join(cells)} |")
-    return [*lines, ""]
-
-
-def published() -> list[str]:
-    lines = ["## Published (Chanin et al. 2026, five seeds)", "", "| method | L0 | F1 | MCC |", "|---|---|---|---|"]
-    return [*lines, *(f"| {method} | {l0} | {f1} | {mcc} |" for method, rows in PUBLISHED.items() for l0, f1, mcc in rows), ""]
 
 
 if __name__ == "__main__":

@@ -1,6 +1,9 @@
 """SynthBench: rates, magnitudes, correlations, trees and files against what was configured."""
 
+import importlib.util
 import json
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -274,6 +277,25 @@ def test_full_is_the_published_size():
     assert sum(p is not None for p in truth.parents) == 10_752  # 128 trees of 85
     assert (truth.codes > 0).sum(dim=1).float().mean() == pytest.approx(34.6, abs=0.7)
     assert (truth.codes[:, :4096] > 0).sum(dim=1).float().mean() == pytest.approx(25.3, abs=0.6)
+
+
+def test_curves_are_compared_at_matched_l0():
+    """Planted lines over L0, measured at different L0s: theirs lies 0.1 below ours everywhere in F1, and L0 hides nothing."""
+    path = Path(__file__).parents[1] / "benchmarks" / "synth_tables.py"
+    spec = importlib.util.spec_from_file_location("benchmark_synth_tables", path)
+    tables = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tables)
+
+    def cell(library, k, l0, shift):
+        return {"library": library, "method": "Matryoshka", "k": k, "seed": 0, "l0": l0} | dict.fromkeys(tables.METRICS, 0.1 * l0 - shift)
+
+    cells = [cell(tables.OURS, k, k - 0.4, 0.0) for k in (6, 2, 4)] + [cell(tables.THEIRS, k, k + 0.4, 0.1) for k in (2, 4, 6)]
+    found = tables.matched(SimpleNamespace(k=(2, 4, 6), seeds=(0,)), cells)
+    assert [f["l0"] for f in found] == [3, 4, 5]  # 2 is below what theirs reaches, 6 above what ours does
+    for f in found:
+        assert f["f1_ours"] == pytest.approx(0.1 * f["l0"]) and f["f1_ours"] - f["f1_theirs"] == pytest.approx(0.1)
+    centre, half = tables.difference([0.1, 0.2, 0.3])
+    assert centre == pytest.approx(0.2) and half == pytest.approx(4.303 * 0.1 / 3**0.5, rel=1e-3)
 
 
 def _change(folder, change):

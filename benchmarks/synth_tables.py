@@ -1,0 +1,114 @@
+"""The tables of benchmarks/synth.py: every cell, both curves at matched L0, and the published numbers."""
+
+import platform
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from scipy.stats import t as student
+
+OURS, THEIRS = "sdl_explorer", "sae-lens"
+PAIRS = [("BatchTopK", "BatchTopK"), ("BatchTopKAux", "BatchTopK"), ("Matryoshka", "Matryoshka")]  # ours, theirs
+METRICS = ("f1", "mcc", "uniqueness", "precision", "recall", "explained_variance", "dead")
+# at L0 = 25 and 20, mean of five seeds (Chanin et al. 2026): F1, MCC
+PUBLISHED = {
+    "Matryoshka": ((25, 0.8793, 0.7927), (20, 0.8601, 0.7455)),
+    "BatchTopK": ((25, 0.7316, 0.7574), (20, 0.8183, 0.7526)),
+}
+
+
+def matched(protocol, cells: list[dict]) -> list[dict]:
+    """Both curves of a pair, by linear interpolation, at each k of the sweep and between two of them where both curves reach, a
+    seed at a time."""
+    found = []
+    targets = sorted({*protocol.k, *((a + b) / 2 for a, b in pairwise(sorted(protocol.k)))})
+    for ours, theirs in PAIRS:
+        for seed in protocol.seeds:
+            curves = [curve(cells, library, method, seed) for library, method in ((OURS, ours), (THEIRS, theirs))]
+            if not all(curves):
+                continue
+            low, high = max(c["l0"][0] for c in curves), min(c["l0"][-1] for c in curves)
+            for l0 in (target for target in targets if low <= target <= high):
+                values = {
+                    f"{m}_{side}": float(np.interp(l0, c["l0"], c[m]))
+                    for m in METRICS
+                    for side, c in zip(("ours", "theirs"), curves, strict=True)
+                }
+                found.append({"ours": ours, "theirs": theirs, "l0": l0, "seed": seed, **values})
+    return found
+
+
+def curve(cells: list[dict], library: str, method: str, seed: int) -> dict[str, list[float]]:
+    own = sorted((c for c in cells if (c["library"], c["method"], c["seed"]) == (library, method, seed)), key=lambda c: c["l0"])
+    return {name: [c[name] for c in own] for name in ("l0", *METRICS)} if own else {}
+
+
+def difference(values: list[float]) -> tuple[float, float]:
+    """Mean over seeds and the half width of its 95 % interval; NaN from one seed."""
+    n = len(values)
+    return float(np.mean(values)), float(student.ppf(0.975, n - 1) * np.std(values, ddof=1) / n**0.5) if n > 1 else float("nan")
+
+
+def report(protocol, bench, cells: list[dict], out: Path) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    table, pairs = pd.DataFrame(cells), pd.DataFrame(matched(protocol, cells))
+    table.round(5).to_csv(out / f"{protocol.size}.csv", index=False)
+    pairs.round(5).to_csv(out / f"{protocol.size}-matched.csv", index=False)
+    text = [*introduction(protocol, bench), *swept(table)]
+    if len(pairs):
+        text += comparison(pairs)
+    if protocol.size == "full":
+        text += published()
+    (out / f"{protocol.size}.md").write_text("\n".join(text) + "\n")
+    print("\n".join(text))
+
+
+def introduction(protocol, bench) -> list[str]:
+    device, rows = bench.device, protocol.steps * protocol.batch_size / 1e6
+    place = torch.cuda.get_device_name(device) if device.startswith("cuda") else f"{platform.machine()}, {torch.get_num_threads()} threads"
+    return [
+        f"# SynthSAEBench, {protocol.size}",
+        "",
+        f"`{bench}`; {protocol.n_latents:,} latents, {protocol.steps:,} steps of {protocol.batch_size:,} rows ({rows:.1f} M),",
+        f"Adam at {protocol.lr:g} falling to a tenth over the last fifth, seeds {', '.join(map(str, protocol.seeds))}. Scored at",
+        f"inference on {protocol.judge_rows:,} judge rows. torch {torch.__version__}, {place}.",
+        "Metrics as SynthSAEBench defines them; F1 counts every latent, dead ones as 0.",
+        "",
+    ]
+
+
+def swept(table) -> list[str]:
+    lines = [
+        "| library | method | k | L0 | F1 | MCC | uniqueness | explained variance | dead | seconds |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for (library, method, k), group in table.groupby(["library", "method", "k"]):
+        mean = group.mean(numeric_only=True)
+        values = " | ".join(f"{mean[m]:.4f}" for m in ("f1", "mcc", "uniqueness", "explained_variance", "dead"))
+        lines.append(f"| {library} | {method} | {k} | {mean.l0:.2f} | {values} | {mean.seconds:.0f} |")
+    return [*lines, ""]
+
+
+def comparison(pairs) -> list[str]:
+    lines = ["## At matched L0", "", "Ours minus theirs, paired by seed: mean and 95 % interval over seeds.", ""]
+    lines += [
+        "| ours | theirs | L0 | F1 ours | F1 theirs | difference | MCC ours | MCC theirs | difference |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for (ours, theirs), pair in pairs.groupby(["ours", "theirs"]):
+        mean = pair.groupby("seed").mean(numeric_only=True).assign(l0="mean")
+        for l0, group in [*pair.groupby("l0"), ("mean", mean)]:
+            cells = []
+            for metric in ("f1", "mcc"):
+                ours_values, their_values = group[f"{metric}_ours"], group[f"{metric}_theirs"]
+                centre, half = difference(list(ours_values - their_values))
+                cells += [f"{ours_values.mean():.4f}", f"{their_values.mean():.4f}", f"{centre:+.4f} ± {half:.4f}"]
+            lines.append(f"| {ours} | {theirs} | {l0 if l0 == 'mean' else f'{l0:g}'} | {' | '.join(cells)} |")
+    return [*lines, ""]
+
+
+def published() -> list[str]:
+    lines = ["## Published (Chanin et al. 2026, five seeds)", "", "| method | L0 | F1 | MCC |", "|---|---|---|---|"]
+    return [*lines, *(f"| {method} | {l0} | {f1} | {mcc} |" for method, rows in PUBLISHED.items() for l0, f1, mcc in rows), ""]
