@@ -8,8 +8,9 @@ from sdl_explorer.diagnosis.continuation import continued_method, estimate_penal
 from sdl_explorer.diagnosis.health import check_health
 from sdl_explorer.diagnosis.preflight import preflight
 from sdl_explorer.models.dictionary import SparseDictionary
-from sdl_explorer.models.methods import BatchTopK, JumpReLU, ReLU, TopK
+from sdl_explorer.models.methods import BatchTopK, JumpReLU, Matryoshka, ReLU, TopK
 from sdl_explorer.models.methods.jumprelu import JumpRectified
+from sdl_explorer.models.methods.matryoshka import NestedSelection
 from sdl_explorer.models.methods.relu import Rectified
 from sdl_explorer.models.methods.topk import BatchTopKSelection, TopKSelection
 from sdl_explorer.models.rewrites import scaled
@@ -210,6 +211,14 @@ def test_each_nonlinearity_goes_on_with_its_method(name, method):
         assert chosen.l0_target == pytest.approx(preflight(planted(name), activations).l0)
     else:
         assert chosen.k == K
+
+
+def test_a_nested_dictionary_keeps_its_widths():
+    features, _, x = world()
+    nested = SparseDictionary(features, features, nonlinearity=NestedSelection(K, [N_FEATURES // 2, N_FEATURES])).eval()
+    chosen = continued_method(nested, rows(x))
+    assert type(chosen) is Matryoshka
+    assert (chosen.k, chosen.prefixes) == (K, [N_FEATURES // 2])
 
 
 def test_the_bandwidth_reaches_some_pre_activations():

@@ -8,9 +8,10 @@ from torch.nn.functional import normalize
 from sdl_explorer.data.activations import Activations
 from sdl_explorer.diagnosis.observe import encoded, evaluating
 from sdl_explorer.models.dictionary import SparseDictionary
-from sdl_explorer.models.methods import BatchTopK, Gated, JumpReLU, Method, ReLU, TopK
+from sdl_explorer.models.methods import BatchTopK, Gated, JumpReLU, Matryoshka, Method, ReLU, TopK
 from sdl_explorer.models.methods.gated import GatedRectified
 from sdl_explorer.models.methods.jumprelu import JumpRectified
+from sdl_explorer.models.methods.matryoshka import NestedSelection
 from sdl_explorer.models.methods.relu import Rectified
 from sdl_explorer.models.methods.topk import BatchTopKSelection, TopKSelection
 
@@ -54,20 +55,22 @@ def continued_method(dictionary: SparseDictionary, activations: Activations) -> 
     norm, so that it can be scaled up). The JumpReLU's penalty is ten times the error, at which L0 stays within
     about 5 % of its target, and its bandwidth is widened until a twentieth as many pre-activations lie within it
     as latents fire. Gated has no target: it starts from the l1 of its gate path, which is a ReLU dictionary with the same
-    weights. TopK and BatchTopK keep k. `unit_norm` is on only where all decoder rows have norm 1, and a tied encoder
-    stays tied.
+    weights. TopK and BatchTopK keep k, Matryoshka its widths too. `unit_norm` is on only where all decoder rows have norm 1, and a
+    tied encoder stays tied.
     """
     sigma = dictionary.nonlinearity
     unit_norm = bool(((dictionary.W_dec.norm(dim=1) - 1).abs() <= UNIT).all())
     shared: dict[str, Any] = {"unit_norm": unit_norm, "tie": "tied" if dictionary.tied else "untied"}
     if isinstance(sigma, TopKSelection):
         return TopK(k=sigma.k, **shared)
+    if isinstance(sigma, NestedSelection):
+        return Matryoshka(k=sigma.k, prefixes=list(sigma.widths[:-1]), **shared)
     if isinstance(sigma, BatchTopKSelection):
         return BatchTopK(k=sigma.k, **shared)
     if not isinstance(sigma, (Rectified, JumpRectified, GatedRectified)):
         raise TypeError(
-            f"continued_method: no method trains a dictionary with {type(sigma).__name__}; ReLU, JumpReLU, Gated, TopK and "
-            "BatchTopK do. Choose a method yourself."
+            f"continued_method: no method trains a dictionary with {type(sigma).__name__}; ReLU, JumpReLU, Gated, TopK, "
+            "BatchTopK and Matryoshka do. Choose a method yourself."
         )
     measured = estimate_penalty(dictionary, activations)
     if measured.l0 == 0:
