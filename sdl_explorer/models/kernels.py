@@ -23,7 +23,7 @@ GROUP = 16  # members of a group whose maximum stands for them
 BLOCK = 512  # rows whose pre-activations are held at a time on the CPU
 DENSITY = 1 / 32  # share of kept entries up to which sparse sums beat dense products
 PROBE = 64  # rows that tell whether a batch is sparse
-SMALL = 2e8  # multiply-adds of an encoder product below which a dense step is as fast
+SMALL = 5e7  # multiply-adds of an encoder product below which a dense step is as fast
 
 
 def pays(n: int, dictionary: SparseDictionary, entries: int) -> bool:
