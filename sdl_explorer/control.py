@@ -90,7 +90,8 @@ def compared(after: Commit, n_steps: int, start: dict[str, float], scores: dict[
     """The finished pairs as a `Control`."""
     n_pairs = min(map(len, scores.values()))
     arms = {arm: {k: np.array([s[k] for s in done[:n_pairs]]) for k in start} for arm, done in scores.items()}
-    primary = "recovery_decoder" if "recovery_decoder" in start else "unexplained_variance"
+    named = "recovery_encoder" if after.kind == "realign" else "recovery_decoder"  # the side that the repair names
+    primary = named if named in start else "unexplained_variance"
     return Control(intervention=after.kind, n_steps=n_steps, before=start, primary=primary, **arms)
 
 

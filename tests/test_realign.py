@@ -353,6 +353,7 @@ def test_encoder_recovery_rises_against_its_control(session):
     session.realign(pull=0.3, choose_rows=20_000)
     assert session.head.kind == "realign" and session.head.python == "session.realign(choose_rows=20000, pull=0.3)"
     control = session.control(60, runs=5)
+    assert control.primary == "recovery_encoder" and control.sham
     assert control.verdict("recovery_encoder") == "improved", control.treated["recovery_encoder"]
     assert control.difference("recovery_encoder", "sham").low > 0.5
     assert control.treated["recovery_encoder"].mean() > 0.9 > 0.1 > control.untreated["recovery_encoder"].mean()
