@@ -37,9 +37,10 @@ from sdl_explorer.training.folder import RunLock, read_json, restore_source, set
 from sdl_explorer.training.history import History, Recorder
 from sdl_explorer.training.interventions import Anchor, Intervention, Release, Resample, named_latents
 from sdl_explorer.training.lane import lane_of
+from sdl_explorer.training.optim import DECAYS, OPTIMISERS, ramped, ramps_of
 from sdl_explorer.training.plan import Plan
 from sdl_explorer.training.realign import Realign
-from sdl_explorer.training.run import CHOOSE_ROWS, SETTINGS, Diverged, Run, method_of, settings_from
+from sdl_explorer.training.run import CHOOSE_ROWS, SETTINGS, Diverged, Run, completed, method_of, settings_from
 from sdl_explorer.training.snapshot import Job, Snapshot
 from sdl_explorer.training.state import Schedule, TrainState, threads_for
 
@@ -63,11 +64,23 @@ class Session(param.Parameterized):
     method = param.ClassSelector(class_=Method, constant=True, doc="The recipe; its own settings can be changed.")
     n_latents = param.Integer(None, bounds=(1, None), constant=True, doc="Size of the dictionary.")
     batch_size = param.Integer(512, bounds=(1, None), doc="Rows of one step.")
-    lr = param.Number(1e-3, bounds=(0, None), doc="Adam's learning rate.")
+    lr = param.Number(1e-3, bounds=(0, None), doc="The optimiser's learning rate.")
     warmup_steps = param.Integer(50, bounds=(0, None), doc="Steps of linear warm-up.")
     decay_steps = param.Integer(
         None, bounds=(1, None), allow_None=True, doc="Step at which the rate has fallen to a tenth; None: constant."
     )
+    decay = param.Selector(
+        default="linear", objects=list(DECAYS), doc="How it falls: linear in the last fifth, or by a cosine from the start."
+    )
+    optimiser = param.Selector(
+        default="adam",
+        objects=list(OPTIMISERS),
+        doc="Adam, or schedule-free sign descent (the package schedulefree); a change starts it afresh.",
+    )
+    clip_norm = param.Number(
+        None, bounds=(0, None), inclusive_bounds=(False, True), allow_None=True, doc="Largest norm of the whole gradient; None: as it is."
+    )
+    ramps = param.Dict({}, doc="Numbers of the method that start elsewhere: {'k': [256, 1000]} goes from 256 to k in 1,000 steps.")
     dead_after = param.Integer(100_000, bounds=(1, None), doc="Samples of silence after which a latent is dead.")
     budget = param.Integer(2_000_000_000, bounds=(1, None), doc="Bytes that commits may take on disk.")
     seed = param.Integer(0, bounds=(0, None), constant=True, doc="Seed of the weights and of every plan.")
@@ -105,6 +118,7 @@ class Session(param.Parameterized):
         method = TopK() if method is None else type(method)(**settings_of(method))
         n_latents = 4 * source.width_in if n_latents is None else n_latents
         method.check(n_latents)
+        ramps = ramps_of(settings.get("ramps", {}), method, n_latents)
         super().__init__(source=source, method=method, n_latents=n_latents, device=device, **settings)
         self._prepare(found)
         hold = 0 if dictionary is None else MOMENT_STEPS
@@ -115,9 +129,11 @@ class Session(param.Parameterized):
                 dictionary = shifted(dictionary, rows.inputs.mean(dim=0), rows.targets.mean(dim=0))
         weights = copy.deepcopy(dictionary).to(device=self.device, dtype=torch.float32).requires_grad_(True)
         method.fits(weights)
-        method.retune(weights.nonlinearity)
+        ramped(method, ramps, 0).retune(weights.nonlinearity)
         weights.provenance = weights.provenance | {"kind": source.sample(1, stream(self.seed, "kind"), "choose").kind}
-        state = TrainState.start(weights, Schedule(self.lr, self.warmup_steps, self.decay_steps, hold), self.seed, self.dead_after)
+        schedule = Schedule(self.lr, self.warmup_steps, self.decay_steps, hold, self.decay, ramps)
+        state = TrainState.start(weights, schedule, self.seed, self.dead_after, self.optimiser)
+        state.clip_norm = self.clip_norm
         origin = "trained elsewhere" if hold else "untrained"
         self._run = self._run_in_memory(state, self._settings())
         self._call(lambda: self._run.commit("start", f"start: {self.n_latents} latents, {origin}, {self.method}"))
@@ -383,7 +399,7 @@ class Session(param.Parameterized):
         """The session of a run folder, at its last commit. A second opener follows, read-only."""
         folder = Path(folder).expanduser().resolve()
         record = read_record(folder)
-        source, settings = restore_source(record["source"], folder, source), record["session"]
+        source, settings = restore_source(record["source"], folder, source), completed(record["session"])
         constant = {k: record[k] for k in (*CONSTANT, "anchors")}
         session = cls._around(source, settings, record["preflight"], device=_device(device), **constant)
         session.last_control = read_control(folder)
@@ -475,6 +491,7 @@ class Session(param.Parameterized):
     def _settings(self) -> dict[str, Any]:
         """The settings of the next step, as JSON."""
         values = {k: getattr(self, k) for k in SETTINGS} | {"order": self._order, "threads": self._threads}
+        values["ramps"] = {name: list(pair) for name, pair in self.ramps.items()}
         return settings_from(self.method, values)
 
     def _take_settings(self) -> None:

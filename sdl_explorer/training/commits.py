@@ -26,7 +26,8 @@ from sdl_explorer.data.anchors import Anchors, Pins, Pulls
 from sdl_explorer.models.atomic import replace_directory, write_file
 from sdl_explorer.models.dictionary import SparseDictionary
 from sdl_explorer.models.formats.files import read_json, read_tensors, tensor_bytes
-from sdl_explorer.training.state import Schedule, TrainState, adam
+from sdl_explorer.training.optim import Schedule, name_of, optimiser_for, progress
+from sdl_explorer.training.state import TrainState
 
 FORMAT_VERSION = 1
 PULLS = ("latents", "directions", "weight")
@@ -143,11 +144,13 @@ class CommitStore:
         stored, _ = read_tensors(self.folder / commit.id / "training.safetensors")
         tensors = {name: tensor.to(device) for name, tensor in stored.items()}
         schedule = Schedule(**scalars["schedule"])
-        optimiser = adam(dictionary, schedule.lr)
+        told = scalars.get("optimiser", {"name": "adam", "group": {}})
+        optimiser = optimiser_for(told["name"], dictionary, schedule.lr)
+        optimiser.param_groups[0].update(told["group"])
         names = dict(dictionary.named_parameters())
         for key, value in tensors.items():
             kind, _, rest = key.partition("/")
-            if kind == "adam":
+            if kind == "adam":  # whichever optimiser; the key is older than the others
                 slot, _, name = rest.partition("/")
                 optimiser.state[names[name]][slot] = value
         return TrainState(
@@ -160,6 +163,7 @@ class CommitStore:
             scalars["seed"],
             scalars["dead_after"],
             pulls=_pulls(tensors),
+            clip_norm=scalars.get("clip_norm"),
         )
 
     def copy_to(self, folder: Path) -> None:
@@ -234,6 +238,8 @@ def _scalars(state: TrainState) -> dict[str, Any]:
         "seed": state.seed,
         "dead_after": state.dead_after,
         "schedule": asdict(state.schedule),
+        "clip_norm": state.clip_norm,
+        "optimiser": {"name": name_of(state.optimiser), "group": progress(state.optimiser)},
         "pins": None if pins is None else {"names": list(pins.anchors.names), "features": list(pins.anchors.features)},
     }
 

@@ -8,9 +8,12 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from sdl_explorer.data.activations import Activations
 from sdl_explorer.data.sources import Source, stream
+from sdl_explorer.models.dictionary import Encoding
 from sdl_explorer.models.methods import Context, Method
 from sdl_explorer.models.terms import anchor_distance, pull_distance
+from sdl_explorer.training.optim import look_ahead, ramped, settle
 from sdl_explorer.training.state import Step, TrainState
 
 
@@ -27,26 +30,23 @@ def train(state: TrainState, method: Method, source: Source, *, batch_size: int,
 def _take_step(state: TrainState, method: Method, source: Source, batch_size: int, order: int, only) -> Step:
     began = time.perf_counter()
     dictionary = state.dictionary.train()
+    if state.schedule.ramps:
+        method = ramped(method, state.schedule.ramps, state.step)
+        method.retune(dictionary.nonlinearity)
     batch = source.batch(state.step, batch_size, order).to(dictionary.device)
     generator = stream(state.seed, "step", state.step)
     context = Context(state.step, state.samples_since_fired, state.pins, generator, state.dead_after)
 
-    encoding = dictionary(batch.inputs)
-    losses = method.objective(dictionary, encoding, batch, context) | method.weight_terms(dictionary)
-    if state.pins is not None:
-        losses["anchor"] = anchor_distance(dictionary, state.pins)
-    if state.pulls is not None:
-        losses["pull"] = pull_distance(dictionary, state.pulls)
-    state.optimiser.zero_grad(set_to_none=True)
-    torch.stack(list(losses.values())).sum().backward()
+    with _holding(state, only) as shared:
+        look_ahead(state.optimiser)
+        try:
+            encoding, losses = _descend(state, method, batch, context, shared)
+        finally:
+            settle(state.optimiser)
+        with torch.no_grad():
+            method.after_step(dictionary, encoding, context)
 
     with torch.no_grad():
-        for group in state.optimiser.param_groups:
-            group["lr"] = state.schedule.rate(state.step)
-        with _holding(state, only):
-            method.constrain_gradients(dictionary)
-            state.optimiser.step()
-            method.after_step(dictionary, encoding, context)
         fired = encoding.latents.fired()
         state.samples_since_fired = torch.where(fired, 0, state.samples_since_fired + len(batch))
         l0, dead = encoding.latents.l0, state.dead.sum()
@@ -55,24 +55,53 @@ def _take_step(state: TrainState, method: Method, source: Source, batch_size: in
     return Step(state.step - 1, detached, l0, dead, time.perf_counter() - began)
 
 
+def _descend(
+    state: TrainState, method: Method, batch: Activations, context: Context, shared: list[Parameter]
+) -> tuple[Encoding, dict[str, Tensor]]:
+    """Losses, their gradient, and one update of the weights."""
+    dictionary = state.dictionary
+    encoding = dictionary(batch.inputs)
+    losses = method.objective(dictionary, encoding, batch, context) | method.weight_terms(dictionary)
+    if state.pins is not None:
+        losses["anchor"] = anchor_distance(dictionary, state.pins)
+    if state.pulls is not None:
+        losses["pull"] = pull_distance(dictionary, state.pulls)
+    state.optimiser.zero_grad(set_to_none=True)
+    torch.stack(list(losses.values())).sum().backward()
+    for parameter in shared:
+        parameter.grad = None  # so that no moments follow it
+    with torch.no_grad():
+        for group in state.optimiser.param_groups:
+            group["lr"] = state.schedule.rate(state.step)
+        method.constrain_gradients(dictionary)
+        if state.clip_norm is not None:
+            torch.nn.utils.clip_grad_norm_(dictionary.parameters(), state.clip_norm)
+        state.optimiser.step()
+    return encoding, losses
+
+
 @contextmanager
-def _holding(state: TrainState, only) -> Iterator[None]:
-    """Put rows that may not move back after the update: all but `only`, and hard pins."""
+def _holding(state: TrainState, only) -> Iterator[list[Parameter]]:
+    """Put rows that may not move back after the step: all but `only`, and hard pins. Gives the parameters that belong
+    to no single latent, where they may not move either."""
     held = _held_rows(state, only)
     if held is None:
-        yield
+        yield []
         return
     rows = state.row_parameters()
-    before = [(tensor, tensor.clone()) for p in rows for tensor in (p, *state.moments(p))]
+    shared = [] if only is None else _shared_parameters(state, rows)
+    before = [(tensor, tensor.detach().clone()) for p in rows for tensor in (p, *state.moments(p))]
     known = {id(tensor) for tensor, _ in before}
-    fixed = [] if only is None else [(tensor, tensor.clone()) for tensor in _shared_tensors(state, rows)]
-    yield
-    born = [m for p in rows for m in state.moments(p) if id(m) not in known]
-    for tensor, kept in before + [(m, torch.zeros_like(m)) for m in born]:
-        mask = held.view(-1, *[1] * (tensor.ndim - 1))
-        tensor.copy_(torch.where(mask, kept, tensor))
-    for tensor, kept in fixed:
-        tensor.copy_(kept)
+    free = [] if only is None else [*shared, *(m for p in shared for m in state.moments(p)), *state.dictionary.buffers()]
+    fixed = [(tensor, tensor.detach().clone()) for tensor in free]
+    yield shared
+    with torch.no_grad():
+        born = [m for p in rows for m in state.moments(p) if id(m) not in known]
+        for tensor, kept in before + [(m, torch.zeros_like(m)) for m in born]:
+            mask = held.view(-1, *[1] * (tensor.ndim - 1))
+            tensor.copy_(torch.where(mask, kept, tensor))
+        for tensor, kept in fixed:
+            tensor.copy_(kept)
 
 
 def _held_rows(state: TrainState, only) -> Tensor | None:
@@ -87,10 +116,6 @@ def _held_rows(state: TrainState, only) -> Tensor | None:
     return held
 
 
-def _shared_tensors(state: TrainState, rows: list[Parameter]) -> list[Tensor]:
-    """Parameters and buffers that belong to no single latent; their gradients go, so that no moments follow them."""
+def _shared_parameters(state: TrainState, rows: list[Parameter]) -> list[Parameter]:
     mine = {id(p) for p in rows}
-    shared = [p for p in state.dictionary.parameters() if id(p) not in mine]
-    for parameter in shared:
-        parameter.grad = None
-    return [*shared, *state.dictionary.buffers()]
+    return [p for p in state.dictionary.parameters() if id(p) not in mine]

@@ -16,13 +16,16 @@ from sdl_explorer.training.folder import read_json, settings_of, write_json
 from sdl_explorer.training.history import History, Recorder
 from sdl_explorer.training.interventions import Intervention
 from sdl_explorer.training.loop import train
+from sdl_explorer.training.optim import name_of, optimiser_for, ramped, ramps_of
 from sdl_explorer.training.plan import Plan
 from sdl_explorer.training.state import Step, TrainState
 
 COMMIT_EVERY = 500
 LONG_RUN = 100
 CHOOSE_ROWS = 8_192
-SETTINGS = ("batch_size", "lr", "warmup_steps", "decay_steps", "dead_after")
+SCHEDULE = ("lr", "warmup_steps", "decay_steps", "decay")
+SETTINGS = ("batch_size", *SCHEDULE, "optimiser", "clip_norm", "ramps", "dead_after")
+LATER = {"decay": "linear", "optimiser": "adam", "clip_norm": None, "ramps": {}}  # older folders lack them
 
 
 class Diverged(FloatingPointError):
@@ -106,10 +109,12 @@ class Run:
 
     def take_settings(self, changed: dict[str, Any]) -> None:
         """Put changed settings in force, as a commit of their own."""
-        former, schedule = self.settings, self.state.schedule
+        former, schedule, optimiser = self.settings, self.state.schedule, self.state.optimiser
         if changed == former:
             return
-        method_of(changed).fits(self.state.dictionary)
+        method = method_of(changed)
+        method.fits(self.state.dictionary)
+        ramps_of(changed["ramps"], method, self.state.dictionary.n_latents)
         if self.moved:
             self.commit("run", f"step {self.state.step}, before a change of settings")
         self._adopt_settings(changed)
@@ -118,6 +123,7 @@ class Run:
         try:
             self.commit("settings", message, "; ".join(f"session.{name} = {new!r}" for name, _, new in lines))
         except Exception:
+            self.state.optimiser = optimiser
             self._adopt_settings(former)
             self.state.schedule = schedule
             raise
@@ -164,7 +170,7 @@ class Run:
 
     def state_of(self, commit: Commit) -> tuple[TrainState, dict[str, Any]]:
         """The state at a commit; one without moments is replayed from the nearest ancestor that has them."""
-        device, settings = self.state.dictionary.device, self.store.settings(commit)
+        device, settings = self.state.dictionary.device, completed(self.store.settings(commit))
         if self.store.has_moments(commit):
             return self.store.load(commit, device), settings
         base = next(c for c in self.store.lineage(commit) if self.store.has_moments(c))
@@ -194,7 +200,7 @@ class Run:
         if exact or self.store.has_moments(head):
             state, settings = self.state_of(head)
         else:
-            weights, settings = self.store.load_dictionary(head).to(self.state.dictionary.device), self.store.settings(head)
+            weights, settings = self.store.load_dictionary(head).to(self.state.dictionary.device), completed(self.store.settings(head))
             state = replace(TrainState.start(weights, seed=self.state.seed), step=head.step)
         self.adopt(state, settings)
         self.head = head
@@ -202,10 +208,12 @@ class Run:
 
     def _adopt_settings(self, settings: dict[str, Any]) -> None:
         self.settings, self._method = settings, method_of(settings)
-        schedule = {k: settings[k] for k in ("lr", "warmup_steps", "decay_steps")}
-        self.state.schedule = replace(self.state.schedule, **schedule)
-        self.state.dead_after = settings["dead_after"]
-        self._method.retune(self.state.dictionary.nonlinearity)
+        state, ramps = self.state, ramps_of(settings["ramps"], self._method)
+        state.schedule = replace(state.schedule, **{k: settings[k] for k in SCHEDULE}, ramps=ramps)
+        state.dead_after, state.clip_norm = settings["dead_after"], settings["clip_norm"]
+        if settings["optimiser"] != name_of(state.optimiser):
+            state.optimiser = optimiser_for(settings["optimiser"], state.dictionary, settings["lr"])
+        ramped(self._method, ramps, max(state.step - 1, 0)).retune(state.dictionary.nonlinearity)  # as in the step before
 
     def _check_in(self, commit: Commit, recorder: Recorder) -> None:
         """Make a commit the head, on disk first."""
@@ -231,6 +239,12 @@ class Run:
 def method_of(settings: dict[str, Any]) -> Method:
     """The method that JSON settings name, among those registered."""
     return member(Method, settings["method"]["class"])(**settings["method"]["settings"])
+
+
+def completed(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings of an older folder with those that came later at their defaults."""
+    values = {name: value for name, value in settings.items() if name != "method"}
+    return settings_from(method_of(settings), LATER | values)
 
 
 def settings_from(method: Method, values: dict[str, Any]) -> dict[str, Any]:

@@ -10,6 +10,9 @@ from torch.nn import Parameter
 
 from sdl_explorer.data.anchors import Pins, Pulls
 from sdl_explorer.models.dictionary import SparseDictionary
+from sdl_explorer.training.optim import Schedule, adam, optimiser_for
+
+__all__ = ["Schedule", "Step", "TrainState", "adam", "threads_for"]
 
 
 class Step(NamedTuple):
@@ -20,32 +23,6 @@ class Step(NamedTuple):
     l0: Tensor
     dead: Tensor
     seconds: float
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """The learning rate as a function of the absolute step and of settings alone.
-
-    rate(s) = 0 before `hold_steps` (optimiser moments fill, weights stay), then lr times a linear warm-up
-    over `warmup_steps`; with `decay_steps` it falls linearly over the last fifth before that step to lr / 10
-    and stays there.
-    """
-
-    lr: float = 1e-3
-    warmup_steps: int = 0
-    decay_steps: int | None = None
-    hold_steps: int = 0
-
-    def rate(self, step: int) -> float:
-        since = step - self.hold_steps
-        if since < 0:
-            return 0.0
-        warm = min(1.0, (since + 1) / self.warmup_steps) if self.warmup_steps else 1.0
-        if self.decay_steps is None:
-            return self.lr * warm
-        begin = 0.8 * self.decay_steps
-        fallen = min(max((step - begin) / max(self.decay_steps - begin, 1), 0.0), 1.0)
-        return self.lr * warm * (1 - 0.9 * fallen)
 
 
 @dataclass
@@ -61,12 +38,21 @@ class TrainState:
     seed: int
     dead_after: int = 100_000
     pulls: Pulls | None = None
+    clip_norm: float | int | None = None  # of the whole gradient
 
     @classmethod
-    def start(cls, dictionary: SparseDictionary, schedule: Schedule = Schedule(), seed: int = 0, dead_after: int = 100_000):
+    def start(
+        cls,
+        dictionary: SparseDictionary,
+        schedule: Schedule | None = None,
+        seed: int = 0,
+        dead_after: int = 100_000,
+        optimiser: str = "adam",
+    ):
         """Step 0: no moments, nobody has been silent yet."""
         silent = torch.zeros(dictionary.n_latents, dtype=torch.int64, device=dictionary.device)
-        return cls(dictionary, adam(dictionary, schedule.lr), schedule, 0, silent, None, seed, dead_after)
+        schedule = schedule or Schedule()
+        return cls(dictionary, optimiser_for(optimiser, dictionary, schedule.lr), schedule, 0, silent, None, seed, dead_after)
 
     @property
     def dead(self) -> Bool[Tensor, " n_latents"]:
@@ -85,15 +71,11 @@ class TrainState:
 
     @torch.no_grad()
     def clear_moments(self, latents: Tensor) -> None:
-        """Zero the optimiser moments of exactly these latents' rows."""
+        """Zero the optimiser moments of exactly these latents' rows; fast weights ("z") start at the rows as they are."""
         for parameter in self.row_parameters():
             for moment in self.moments(parameter):
-                moment[latents] = 0
-
-
-def adam(dictionary: SparseDictionary, lr: float) -> torch.optim.Adam:
-    """Adam with the fused kernels; one pass over weights and moments a step."""
-    return torch.optim.Adam(dictionary.parameters(), lr=lr, fused=True)
+                fast = moment is self.optimiser.state[parameter].get("z")
+                moment[latents] = parameter[latents] if fast else 0
 
 
 def threads_for(d_in: int, n_latents: int, batch_size: int, available: int) -> int:

@@ -5,6 +5,7 @@ Teboulle 2009 (FISTA).
 """
 
 import warnings
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -90,20 +91,21 @@ def learn_classically(
     mean = rows.mean(dim=0) * centre
     centred = rows - mean
     start = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[:n_latents]
-    learner = MiniBatchDictionaryLearning(
-        n_components=n_latents,
-        alpha=alpha,
-        max_iter=n_passes,
-        batch_size=min(batch_size, len(rows)),
-        fit_algorithm="cd",
-        transform_algorithm="lasso_cd",
-        transform_max_iter=2_000,
-        tol=0.0,  # all passes: its early stops end at about 50 mini-batches, with a fraction of the atoms found
-        max_no_improvement=None,
-        dict_init=F.normalize(centred[start], dim=1).double().numpy(),
-        positive_code=True,
-        random_state=seed,
-    )
+    settings: dict[str, Any] = {
+        "n_components": n_latents,
+        "alpha": alpha,
+        "max_iter": n_passes,
+        "batch_size": min(batch_size, len(rows)),
+        "fit_algorithm": "cd",
+        "transform_algorithm": "lasso_cd",
+        "transform_max_iter": 2_000,
+        "tol": 0.0,  # all passes: its early stops end at about 50 mini-batches, with a fraction of the atoms found
+        "max_no_improvement": None,
+        "dict_init": F.normalize(centred[start], dim=1).double().numpy(),
+        "positive_code": True,
+        "random_state": seed,
+    }
+    learner = MiniBatchDictionaryLearning(**settings)
     with warnings.catch_warnings():  # atoms that start alike leave a mini-batch's codes undetermined; the fit parts them
         warnings.simplefilter("ignore", ConvergenceWarning)
         learner.fit(centred.double().numpy())
