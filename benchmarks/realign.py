@@ -80,7 +80,7 @@ class Size:
 
 SIZES = {
     "small": Size(200, 154, 0.95, 0.2, n_latents=400, choose_rows=32_768),
-    "paper": Size(1_000, 768, 0.99, 0.1, n_latents=2_000),
+    "paper": Size(1_000, 768, 0.99, 0.1, n_latents=2_000, judge_rows=50_000),
 }
 
 
