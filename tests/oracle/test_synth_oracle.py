@@ -37,6 +37,18 @@ CASES = {
         "mean_magnitude": {"generator_name": "exponential", "start": 3.0, "end": 0.5},
     },
     "random rates": {"n_features": 50, "d_in": 24, "n_roots": 2, "depth": 1, "firing": "random", "min_probability": 0.05, "rank": 4},
+    "correlated trees": {
+        "n_features": 60,
+        "d_in": 24,
+        "n_roots": 6,
+        "depth": 1,
+        "branching": 3,
+        "rank": 3,
+        "correlation_scale": 0.5,
+        "compensate": False,
+        "max_probability": 0.5,
+        "min_probability": 0.2,
+    },
     "wide magnitudes": {  # so that the scaling of children shows in the moments
         "n_features": 30,
         "d_in": 24,
