@@ -177,8 +177,8 @@ def test_schedule_free_is_the_published_recurrence():
 @pytest.mark.parametrize("method", [ReLU(l1=0.01), JumpReLU(l0=0.01), TopK(k=2), TopK(k=2, tie="tied")], ids=str)
 def test_schedule_free_trains_and_chunks_do_not_matter(method):
     whole, split = (started(method, Schedule(lr=1e-2), FREE) for _ in range(2))
-    losses = [float(s.losses["error"]) for s in go(whole, method, 200)]
-    for n in (1, 60, 139):
+    losses = [float(s.losses["error"]) for s in go(whole, method, 100)]
+    for n in (1, 30, 69):
         go(split, method, n)
     assert same(tensors(whole), tensors(split))
     assert np.mean(losses[-20:]) < 0.5 * np.mean(losses[:20])
@@ -190,7 +190,7 @@ def test_the_weights_between_steps_are_the_average():
     """The average reconstructs better than the fast weights, which jump about it."""
     method = ReLU(l1=0.01)
     state = started(method, Schedule(lr=1e-2), FREE)
-    go(state, method, 300)
+    go(state, method, 200)
     rows = SOURCE.sample(500, torch.Generator().manual_seed(1)).inputs
     average, fast = state.dictionary, copy.deepcopy(state.dictionary)
     with torch.no_grad():

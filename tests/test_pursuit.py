@@ -222,7 +222,7 @@ def test_pursuit_trains(kind, orthogonal):
     method = Pursuit(k=3, orthogonal=orthogonal)
     dictionary = method.build(source.width_in, source.width_out, 32, generator())
     state = TrainState.start(dictionary, Schedule(lr=1e-2))
-    losses = [float(s.losses["error"]) for s in itertools.islice(train(state, method, source, batch_size=64), 150)]
+    losses = [float(s.losses["error"]) for s in itertools.islice(train(state, method, source, batch_size=64), 80)]
     assert np.mean(losses[-20:]) < 0.6 * np.mean(losses[:20])
     for rows in (dictionary.W_enc, dictionary.W_dec):
         torch.testing.assert_close(rows.norm(dim=1), torch.ones(32))

@@ -84,8 +84,9 @@ class OMP(_Pursuit):
 
     The fit is the inner loop of Lawson & Hanson (1974): where a least-squares code turns negative, its atom leaves S,
     so after enough rounds this *is* non-negative least squares. Codes of a row whose plain OMP never turns one
-    negative are those of plain OMP. It stops early at a row that is explained. The gradient is that of the last
-    least-squares fit on S.
+    negative are those of plain OMP. It stops early at a row that is explained. The gradient is
+    that of the last least-squares fit on S. Each round costs an encoder product, and asks once whether a code turned
+    negative, which waits for a GPU.
     """
 
     def pursue(self, rows, atoms, bias):
