@@ -136,6 +136,7 @@ def machine(device: str, threads: int) -> dict:
         "amx_bf16": bool(getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16", False)),
         "cores": os.cpu_count(),
         "threads": threads,
+        "load at the start": round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else "unknown",
         "python": platform.python_version(),
         "torch": torch.__version__,
     }
