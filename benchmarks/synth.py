@@ -76,6 +76,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="steps of 1,024 rows")
     parser.add_argument("--k", type=int, nargs="+")
     parser.add_argument("--lr", type=float, help="of both libraries")
+    parser.add_argument("--judge-rows", type=int, help="rows that dictionaries are scored on")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--peer", action=argparse.BooleanOptionalAction, help="train sae-lens too (default: at the scaled size)")
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "synth")
@@ -84,7 +85,7 @@ def main() -> None:
     given = parser.parse_args()
     if given.train_theirs is not None:
         return train_theirs(given.train_theirs)
-    asked = {"seeds": given.seeds, "steps": given.steps, "k": given.k, "lr": given.lr}
+    asked = {"seeds": given.seeds, "steps": given.steps, "k": given.k, "lr": given.lr, "judge_rows": given.judge_rows}
     base = SCALED if given.size == "scaled" else FULL
     protocol = replace(base, **{name: tuple(v) if isinstance(v, list) else v for name, v in asked.items() if v is not None})
     peer = given.size == "scaled" if given.peer is None else given.peer
