@@ -473,3 +473,31 @@ def test_every_method_has_fields_in_the_rail_and_an_empty_one_can_be_filled(kind
             rail._fields[kind.__name__, "l0_target"][0].value = 4.0
             assert rail.waiting.text == "Waiting: l0 target = 4"
         explorer.close()
+
+
+def test_show_serves_the_session_under_a_path_that_cannot_be_guessed(explorer, capsys):
+    server = explorer.show(open=False)
+    try:
+        address, forward = capsys.readouterr().out.splitlines()
+        assert _answer(address) == 200
+        assert len(address.rsplit("/", 1)[1]) >= 16
+        assert "ssh -L" in forward
+        assert _answer(address.rsplit("/", 1)[0] + "/") == 404
+    finally:
+        server.stop()
+
+
+def _answer(address: str, seconds: float = 30) -> int:
+    """The status that a server in a thread answers with, once it listens."""
+    from urllib.error import HTTPError, URLError
+    from urllib.request import urlopen
+
+    until = time.monotonic() + seconds
+    while True:
+        try:
+            return urlopen(address, timeout=60).status
+        except HTTPError as error:
+            return error.code
+        except URLError:
+            assert time.monotonic() < until, f"nothing listens at {address}"
+            time.sleep(0.05)

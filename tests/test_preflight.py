@@ -8,9 +8,10 @@ from sdl_explorer.diagnosis.continuation import continued_method, estimate_penal
 from sdl_explorer.diagnosis.health import check_health
 from sdl_explorer.diagnosis.preflight import preflight
 from sdl_explorer.models.dictionary import SparseDictionary
-from sdl_explorer.models.methods import BatchTopK, JumpReLU, Matryoshka, ReLU, TopK
+from sdl_explorer.models.methods import BatchTopK, JumpReLU, Matryoshka, Pursuit, ReLU, TopK
 from sdl_explorer.models.methods.jumprelu import JumpRectified
 from sdl_explorer.models.methods.matryoshka import NestedSelection
+from sdl_explorer.models.methods.pursuit import OMP, MatchingPursuit
 from sdl_explorer.models.methods.relu import Rectified
 from sdl_explorer.models.methods.topk import BatchTopKSelection, TopKSelection
 from sdl_explorer.models.rewrites import scaled
@@ -211,6 +212,14 @@ def test_each_nonlinearity_goes_on_with_its_method(name, method):
         assert chosen.l0_target == pytest.approx(preflight(planted(name), activations).l0)
     else:
         assert chosen.k == K
+
+
+@pytest.mark.parametrize("sigma", [OMP(K), MatchingPursuit(K)])
+def test_a_pursuit_stays_one(sigma):
+    features, _, x = world()
+    chosen = continued_method(SparseDictionary(features, features, nonlinearity=sigma).eval(), rows(x))
+    assert type(chosen) is Pursuit
+    assert (chosen.k, chosen.orthogonal) == (K, type(sigma) is OMP)
 
 
 def test_a_nested_dictionary_keeps_its_widths():

@@ -72,7 +72,8 @@ def serve_session(session: Session, state: dict, port: int, address: str, show: 
         return _visit(lambda: session, owned=False, state=own)
 
     print(f"http://{address}:{port}/{token}\nFrom another machine: ssh -L {port}:{address}:{port} {socket.gethostname()}", flush=True)
-    return _serve(make, f"/{token}", port, address, show, threaded=True, **options)
+    secret = {"use_index": False, "redirect_root": False}  # the root would lead to the path
+    return _serve(make, f"/{token}", port, address, show, threaded=True, **secret, **options)
 
 
 def _serve(make: Callable, path: str, port: int, address: str, show: bool, threaded: bool, **options):

@@ -8,10 +8,11 @@ from torch.nn.functional import normalize
 from sdl_explorer.data.activations import Activations
 from sdl_explorer.diagnosis.observe import encoded, evaluating
 from sdl_explorer.models.dictionary import SparseDictionary
-from sdl_explorer.models.methods import BatchTopK, Gated, JumpReLU, Matryoshka, Method, ReLU, TopK
+from sdl_explorer.models.methods import BatchTopK, Gated, JumpReLU, Matryoshka, Method, Pursuit, ReLU, TopK
 from sdl_explorer.models.methods.gated import GatedRectified
 from sdl_explorer.models.methods.jumprelu import JumpRectified
 from sdl_explorer.models.methods.matryoshka import NestedSelection
+from sdl_explorer.models.methods.pursuit import OMP, MatchingPursuit
 from sdl_explorer.models.methods.relu import Rectified
 from sdl_explorer.models.methods.topk import BatchTopKSelection, TopKSelection
 
@@ -55,7 +56,7 @@ def continued_method(dictionary: SparseDictionary, activations: Activations) -> 
     norm, so that it can be scaled up). The JumpReLU's penalty is ten times the error, at which L0 stays within
     about 5 % of its target, and its bandwidth is widened until a twentieth as many pre-activations lie within it
     as latents fire. Gated has no target: it starts from the l1 of its gate path, which is a ReLU dictionary with the same
-    weights. TopK and BatchTopK keep k, Matryoshka its widths too. `unit_norm` is on only where all decoder rows have norm 1, and a
+    weights. TopK, BatchTopK and pursuits keep k, Matryoshka its widths. `unit_norm` is on only where all decoder rows have norm 1, and a
     tied encoder stays tied.
     """
     sigma = dictionary.nonlinearity
@@ -67,10 +68,12 @@ def continued_method(dictionary: SparseDictionary, activations: Activations) -> 
         return Matryoshka(k=sigma.k, prefixes=list(sigma.widths[:-1]), **shared)
     if isinstance(sigma, BatchTopKSelection):
         return BatchTopK(k=sigma.k, **shared)
+    if isinstance(sigma, (MatchingPursuit, OMP)):
+        return Pursuit(k=sigma.k, orthogonal=isinstance(sigma, OMP), **shared)
     if not isinstance(sigma, (Rectified, JumpRectified, GatedRectified)):
         raise TypeError(
             f"continued_method: no method trains a dictionary with {type(sigma).__name__}; ReLU, JumpReLU, Gated, TopK, "
-            "BatchTopK and Matryoshka do. Choose a method yourself."
+            "BatchTopK, Matryoshka and Pursuit do. Choose a method yourself."
         )
     measured = estimate_penalty(dictionary, activations)
     if measured.l0 == 0:
