@@ -34,6 +34,7 @@ explorer""",
     "slider": """
 import ipywidgets
 from sdl_explorer.widgets.bridge import link
+session.lr = 10 ** -2.5  # a value that the slider has: it would send back the nearest one, at any time
 slider = ipywidgets.FloatLogSlider(min=-4, max=-1, description='rate')
 cut = link(slider, session, 'lr')
 slider""",
