@@ -166,8 +166,13 @@ def test_main_job_in_jupyterlab(open_page, lab):
     expect(tiles).to_contain_text(f"Dead{dead}{dead / 64:.1%} of 64 latents", timeout=SLOW)
 
     # the repair, in the open app: preview, then apply
-    page.get_by_role("tab", name="Intervene", exact=True).click()
-    part(page, "resample-preview").get_by_role("button").click(timeout=SLOW)
+    preview = part(page, "resample-preview").get_by_role("button")
+    for _ in range(3):  # once a click on the tab went unheard while the notebook moved
+        page.get_by_role("tab", name="Intervene", exact=True).click()
+        page.wait_for_timeout(5_000)
+        if preview.is_visible():
+            break
+    preview.click(timeout=SLOW)
     expect(part(page, "plan-said")).to_contain_text("Nothing has changed yet", timeout=SLOW)
     part(page, "apply").get_by_role("button").click()
     expect(part(page, "timeline").locator("button.resample")).to_have_count(1, timeout=SLOW)
