@@ -23,7 +23,7 @@ import torch
 
 from sdl_explorer.archive import CONSTANT, read_control, read_record, write_control, write_record
 from sdl_explorer.control import last_intervention, paired
-from sdl_explorer.data.anchors import Anchors, Pins
+from sdl_explorer.data.anchors import Anchors, Pins, Pulls
 from sdl_explorer.data.sources import Source, stream
 from sdl_explorer.diagnosis.cached import CachedFindings
 from sdl_explorer.diagnosis.compare import Control
@@ -229,6 +229,12 @@ class Session(param.Parameterized):
     @property
     def pins(self) -> Pins | None:
         return self._view()["pins"]
+
+    @property
+    def pulls(self) -> Pulls | None:
+        """Encoder rows that are pulled to measured directions; see `Realign`."""
+        self._follow()
+        return self._run.state.pulls
 
     @property
     def writable(self) -> bool:

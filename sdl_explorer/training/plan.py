@@ -22,6 +22,7 @@ class PlanRow(NamedTuple):
     nearest_cosine: float
     encoder_scale: float
     bias: float
+    turned: float | None = None  # cosine of the new encoder row to the former one, where the plan turns rows
 
 
 @dataclass(frozen=True)

@@ -250,9 +250,10 @@ def _preview(dictionary: SparseDictionary, latents: Tensor, refitted: Refit, fou
         best.append(torch.stack(cosines.scatter_(1, latents[block, None], -torch.inf).max(dim=1), dim=1))
     nearest = torch.cat(best).tolist()
     lengths, biases, counts = refitted.W_enc.norm(dim=1).tolist(), refitted.b_enc.tolist(), found.count[latents].tolist()
+    turned = (normalize(dictionary.W_enc[latents], dim=1) * found.directions[latents]).sum(dim=1).tolist()
     return tuple(
-        PlanRow(i, f"response on {n:,} rows", None, None, int(other), cosine, length, bias)
-        for i, n, (cosine, other), length, bias in zip(latents.tolist(), counts, nearest, lengths, biases, strict=True)
+        PlanRow(i, f"response on {n:,} rows", None, None, int(other), cosine, length, bias, before)
+        for i, n, (cosine, other), length, bias, before in zip(latents.tolist(), counts, nearest, lengths, biases, turned, strict=True)
     )
 
 
