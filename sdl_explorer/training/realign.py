@@ -64,7 +64,8 @@ class Realign(Intervention):
     @torch.no_grad()
     def plan(self, state: TrainState, choose: Activations, generator: Generator) -> Plan:
         dictionary = state.dictionary
-        _refuse(dictionary)
+        if why := refusal(dictionary):
+            raise ValueError(why)
         losses, _ = row_losses(dictionary, choose)
         if not losses.isfinite().all():
             raise ValueError("Realign: the loss of some choose rows is not finite; revert to the last finite commit first.")
@@ -257,14 +258,16 @@ def _preview(dictionary: SparseDictionary, latents: Tensor, refitted: Refit, fou
     )
 
 
-def _refuse(dictionary: SparseDictionary) -> None:
+def refusal(dictionary: SparseDictionary) -> str:
+    """Why the rows of this dictionary cannot be realigned; empty where they can."""
     if dictionary.tied:
-        raise ValueError(
+        return (
             "Realign: the encoder of this dictionary is tied to its decoder, so it has no row of its own to turn. "
             "Give it one with rewrites.untied(dictionary)."
         )
     if not isinstance(dictionary.nonlinearity, KNOWN):
-        raise ValueError(
+        return (
             f"Realign: it cannot refit the bias under {type(dictionary.nonlinearity).__name__}; it knows "
             f"{', '.join(sigma.__name__ for sigma in KNOWN)}. Convert the dictionary to one of these first."
         )
+    return ""
