@@ -21,13 +21,14 @@ HERE = Path(__file__).parent
 METHODS = {"topk": "TopK", "batchtopk": "BatchTopK", "relu": "ReLU", "jumprelu": "JumpReLU"}
 CONTENDERS = {
     "ours": "sdl_explorer",
+    "ours_float32": "sdl_explorer, candidates in float32",
     "bare": "a bare dense loop",
     "sae_lens": "sae-lens",
     "dictionary_learning": "dictionary-learning",
     "sparsify": "eai-sparsify",
     "overcomplete": "overcomplete",
 }
-OURS, NOT_PEERS = "ours", {"floor", "ours", "bare"}
+NOT_PEERS = {"floor", "ours", "ours_float32", "bare"}
 SIZES = {"d": 768, "n": 2048, "k": 32, "l0": 64}
 
 

@@ -9,7 +9,7 @@ from torch.nn.functional import normalize
 from sdl_explorer.data.activations import Activations
 from sdl_explorer.data.bench import LinearBench
 from sdl_explorer.data.hierarchy import HierarchyBench
-from sdl_explorer.models import kernels
+from sdl_explorer.models import kernels, products
 from sdl_explorer.models.dictionary import SparseDictionary
 from sdl_explorer.models.methods import BatchTopK, Context, JumpReLU, ReLU, TopK
 from sdl_explorer.models.methods.jumprelu import JumpRectified
@@ -21,11 +21,19 @@ from sdl_explorer.training.loop import train
 from sdl_explorer.training.state import Schedule, TrainState
 
 
+@pytest.fixture(params=["float32", "bfloat16"])
+def candidates(request, monkeypatch):
+    """Where candidates come from, whatever the machine has."""
+    monkeypatch.setenv(products.CANDIDATES, request.param)
+    return request.param
+
+
 @pytest.fixture
-def path(monkeypatch):
-    """Sends every size down one path."""
+def path(monkeypatch, candidates):
+    """Sends every size down one path, in several blocks and tiles."""
 
     def choose(sparse: bool):
+        monkeypatch.setattr(products, "TILE", 600 * 32)
         monkeypatch.setattr(kernels, "SMALL", 0)
         monkeypatch.setattr(kernels, "DENSITY", 1.0 if sparse else 0.0)
 
@@ -78,8 +86,8 @@ def test_largest_with_ties_infinities_and_nan_keeps_the_values_that_topk_keeps()
 
 @pytest.mark.parametrize("n_latents", [90, 96])
 @pytest.mark.parametrize("count", [1, 37, 640, 64 * 90])
-def test_batch_selection_is_topk_of_the_whole_batch(monkeypatch, n_latents, count):
-    monkeypatch.setattr(kernels, "BLOCK", 7)
+def test_batch_selection_is_topk_of_the_whole_batch(monkeypatch, candidates, n_latents, count):
+    monkeypatch.setattr(products, "TILE", 64 * 32)
     dictionary, x = random_dictionary(BatchTopKSelection(1), n_latents=n_latents), torch.randn(64, 10)
     x[30:] *= torch.linspace(0.1, 5, 34)[:, None]
     values, where = kernels.select_batch(x, dictionary, count)
@@ -90,8 +98,8 @@ def test_batch_selection_is_topk_of_the_whole_batch(monkeypatch, n_latents, coun
     assert set(where.tolist()) == set(expected.indices.tolist())
 
 
-def test_batch_selection_tells_of_nan(monkeypatch):
-    monkeypatch.setattr(kernels, "BLOCK", 7)
+def test_batch_selection_tells_of_nan(monkeypatch, candidates):
+    monkeypatch.setattr(products, "TILE", 64 * 32)
     dictionary, x = random_dictionary(BatchTopKSelection(1)), torch.randn(64, 10)
     x[50] = torch.nan
     assert kernels.select_batch(x, dictionary, 200)[0].isnan().sum() == dictionary.n_latents

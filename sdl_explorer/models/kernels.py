@@ -3,12 +3,11 @@
     z_e = x_r . W_enc[i] + b_enc[i]    for each kept entry e = (row r, latent i)
     recon_r = sum_e z_e W_dec[i]
 
-Forward makes pre-activations a block of rows at a time, so nothing of size n x n_latents is kept for
+Forward makes pre-activations a part at a time (`products`), so nothing of size n x n_latents is kept for
 backward. Gradients are those of the dense formula: both weights' are sums over the entries of each
 latent. On one machine the same input gives the same bits, whichever path a size takes.
 """
 
-from collections.abc import Iterator
 from functools import cached_property
 
 import torch
@@ -18,9 +17,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from sdl_explorer.models.dictionary import Latents, SparseDictionary
+from sdl_explorer.models.products import BLOCK, GROUP, Exact, Upper, blocks, ceiling, in_bfloat16, tiles, with_spare
 
-GROUP = 16  # members of a group whose maximum stands for them
-BLOCK = 512  # rows whose pre-activations are held at a time on the CPU
 DENSITY = 1 / 32  # share of kept entries up to which sparse sums beat dense products
 PROBE = 64  # rows that tell whether a batch is sparse
 SMALL = 5e7  # multiply-adds of an encoder product below which a dense step is as fast
@@ -58,26 +56,52 @@ def largest(scores: Float[Tensor, "n m"], k: int) -> tuple[Tensor, Tensor]:
 @torch.no_grad()
 def select_rows(inputs: Float[Tensor, "n d_in"], dictionary: SparseDictionary, k: int) -> tuple[Tensor, Tensor]:
     """(values, indices), both (n, k): the k largest pre-activations of each row."""
-    n = len(inputs)
-    values = inputs.new_empty(n, k)
-    indices = torch.empty(n, k, dtype=torch.int64, device=inputs.device)
-    for rows, pre in blocks(inputs, dictionary):
-        values[rows], indices[rows] = largest(pre, k)
+    exact = Exact.of(inputs, dictionary)
+    values, indices = exact.empty(exact.n * k).view(-1, k), torch.empty(exact.n, k, dtype=torch.int64, device=exact.device)
+    if not in_bfloat16(inputs, dictionary):
+        for rows, pre in blocks(exact):
+            values[rows], indices[rows] = largest(pre, k)
+        return values, indices
+
+    left = torch.ones(exact.n, dtype=torch.bool)
+    for rows, upper in blocks(Upper(exact)):
+        values[rows], indices[rows], certain = _largest_rows(exact, rows, upper, k)
+        left[rows] = ~certain
+        if 2 * left[: rows.stop].sum() > rows.stop:
+            break  # bounds too wide for these rows: float32 takes the others too
+    left = left.nonzero().view(-1)
+    for rows, pre in blocks(exact.rows(left)) if len(left) else ():
+        values[left[rows]], indices[left[rows]] = largest(pre, k)
     return values, indices
+
+
+def _largest_rows(exact: Exact, rows: slice, upper: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(values, indices, is it certain) of the k largest of each row, looked for among those of the largest bounds."""
+    bounds, candidates = largest(upper, with_spare(k, exact.m))
+    offsets = torch.arange(len(bounds) + 1) * candidates.shape[1]
+    values, place = exact.at(candidates.view(-1), offsets, rows).view(bounds.shape).topk(k, dim=1, sorted=False)
+    return values, candidates.gather(1, place), values.amin(dim=1) >= ceiling(bounds.amin(dim=1))
 
 
 @torch.no_grad()
 def select_batch(inputs: Float[Tensor, "n d_in"], dictionary: SparseDictionary, count: int) -> tuple[Tensor, Tensor]:
-    """(values, flat indices), both (count,): the `count` largest pre-activations of the whole batch, by index.
+    """(values, flat indices), both (count,): the `count` largest pre-activations of the whole batch, by index."""
+    exact = Exact.of(inputs, dictionary)
+    if in_bfloat16(inputs, dictionary):
+        bounds, candidates = _largest_of_tiles(Upper(exact), with_spare(count, exact.n * exact.m))
+        values = exact.where(candidates)
+        kept = values.topk(count, sorted=False).indices.sort().values
+        if values[kept].amin() >= ceiling(bounds.amin()):
+            return values[kept], candidates[kept]
+    return _largest_of_tiles(exact, count)
 
-    The smallest of the best so far bounds the final ones from below, so a later block adds only what
-    reaches it.
-    """
-    m = dictionary.n_latents
-    best, where = inputs.new_empty(0), torch.empty(0, dtype=torch.int64, device=inputs.device)
-    for rows, pre in blocks(inputs, dictionary):
-        found, at = _reaching(pre, best.amin()) if len(best) == count else _largest_of_all(pre, count)
-        best, where = torch.cat([best, found]), torch.cat([where, at + rows.start * m])
+
+def _largest_of_tiles(product: Exact | Upper, count: int) -> tuple[Tensor, Tensor]:
+    """The smallest of the best so far bounds the final ones from below, so a later tile adds only what reaches it."""
+    best, where = product.empty(0), torch.empty(0, dtype=torch.int64, device=product.device)
+    for latents, scores in tiles(product):
+        found, at = _reaching(scores, best.amin()) if len(best) == count else _largest_of_all(scores, count)
+        best, where = torch.cat([best, found]), torch.cat([where, _place(at, latents, product.m)])
         if len(best) > count:
             best, kept = best.topk(count, sorted=False)
             where = where[kept]
@@ -96,12 +120,33 @@ def select_above(inputs: Float[Tensor, "n d_in"], dictionary: SparseDictionary, 
         return None
     if (dictionary.pre(inputs[:PROBE]) >= floor).float().mean() > DENSITY:
         return None
+    exact = Exact.of(inputs, dictionary)
+    if not in_bfloat16(inputs, dictionary):
+        return _all_reaching(exact, floor)
+    candidates = _all_reaching(Upper(exact, floor), 0.0)[1]
+    values = exact.where(candidates)
+    kept = (~(values < _of(floor, candidates % exact.m))).nonzero().view(-1)
+    return values[kept], candidates[kept]
+
+
+def _all_reaching(product: Exact | Upper, floor: Tensor | float) -> tuple[Tensor, Tensor]:
     found, where = [], []
-    for rows, pre in blocks(inputs, dictionary):
-        values, at = _reaching(pre, floor)
+    for latents, scores in tiles(product):
+        values, at = _reaching(scores, _of(floor, latents))
         found.append(values)
-        where.append(at + rows.start * dictionary.n_latents)
-    return torch.cat(found), torch.cat(where)
+        where.append(_place(at, latents, product.m))
+    where, order = torch.cat(where).sort()
+    return torch.cat(found)[order], where
+
+
+def _of(floor: Tensor | float, latents: slice | Tensor) -> Tensor | float:
+    return floor[latents] if isinstance(floor, Tensor) and floor.ndim > 0 else floor
+
+
+def _place(at: Tensor, latents: slice, n_latents: int) -> Tensor:
+    """Flat indices of a tile as those of all latents."""
+    width = latents.stop - latents.start
+    return at + (at // width) * (n_latents - width) + latents.start
 
 
 def _largest_of_all(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -121,19 +166,6 @@ def _reaching(scores: Tensor, bound: Tensor | float) -> tuple[Tensor, Tensor]:
     values = scores.view(-1)[members]
     kept = (~(values < bound)).nonzero().view(-1)
     return values[kept], members[kept]
-
-
-def blocks(inputs: Tensor, dictionary: SparseDictionary) -> Iterator[tuple[slice, Tensor]]:
-    """(rows, their pre-activations), a block that stays in cache at a time; the next one overwrites it.
-
-    An accelerator takes all rows at once, so that it never waits for the host.
-    """
-    x, n = dictionary.centred(inputs), len(inputs)
-    size = n if inputs.device.type != "cpu" else min(n, BLOCK)
-    buffer = x.new_empty(size, dictionary.n_latents)
-    for begin in range(0, n, size):
-        rows = slice(begin, min(begin + size, n))
-        yield rows, torch.addmm(dictionary.b_enc, x[rows], dictionary.W_enc.T, out=buffer[: rows.stop - begin])
 
 
 # gradients ------------------------------------------------------------------------------------------------------------
