@@ -20,12 +20,13 @@ from sdl_explorer.models.atomic import write_file
 from sdl_explorer.models.formats.files import tensor_bytes
 from sdl_explorer.training.folder import read_json, source_record, write_json
 
-CONSTANT = ("n_latents", "seed", "budget")
+LATER = {"normalise": False, "centre": "auto", "pre_bias": False}  # older folders lack them
+CONSTANT = ("n_latents", "seed", "budget", *LATER)
 ARMS = ("treated", "untreated", "sham")
 
 
 def write_record(
-    folder: Path, source: Source, settings: dict[str, Any], constant: dict[str, int], found: Preflight | None, anchors: Anchors | None
+    folder: Path, source: Source, settings: dict[str, Any], constant: dict[str, Any], found: Preflight | None, anchors: Anchors | None
 ) -> None:
     """The record of a session whose commits are in `folder` already."""
     record = {"source": source_record(source, folder), "session": settings, **constant}
@@ -40,7 +41,8 @@ def write_record(
 
 def read_record(folder: Path) -> dict[str, Any]:
     """The record, with `preflight` and `anchors` as what they were (None where there are none)."""
-    record = read_json(folder / "run.json", "source", "session", *CONSTANT)
+    needed = [name for name in CONSTANT if name not in LATER]
+    record = LATER | read_json(folder / "run.json", "source", "session", *needed)
     found, told = record.get("preflight"), record.get("anchors")
     record["preflight"] = found and Preflight(**{k: tuple(v) if isinstance(v, list) else v for k, v in found.items()})
     record["anchors"] = told and _read_anchors(folder / "anchors.safetensors", told)

@@ -21,7 +21,7 @@ from typing import Any
 import param
 import torch
 
-from sdl_explorer.archive import CONSTANT, read_control, read_record, write_control, write_record
+from sdl_explorer.archive import CONSTANT, LATER, read_control, read_record, write_control, write_record
 from sdl_explorer.control import last_intervention, paired
 from sdl_explorer.data.anchors import Anchors, Pins, Pulls
 from sdl_explorer.data.sources import Source, stream
@@ -31,7 +31,8 @@ from sdl_explorer.diagnosis.continuation import continued_method
 from sdl_explorer.diagnosis.preflight import Preflight, preflight
 from sdl_explorer.models.dictionary import SparseDictionary
 from sdl_explorer.models.methods import Method, TopK
-from sdl_explorer.models.rewrites import scaled, shifted
+from sdl_explorer.models.rewrites import scaled
+from sdl_explorer.models.start import CENTRES, started_on
 from sdl_explorer.training.commits import Commit, CommitStore
 from sdl_explorer.training.folder import RunLock, read_json, restore_source, settings_of, write_json
 from sdl_explorer.training.history import History, Recorder
@@ -53,11 +54,12 @@ class Session(param.Parameterized):
     """A source, a method and a dictionary in training.
 
     Settings describe the next step: a change only marks the session stale, and the next command writes it as
-    a commit. `n_latents=None` means 4 * source.width_in. Where rows are stored, new weights start centred on their
-    mean, which is far from zero in most networks: the biases hold it. A given `dictionary` is trained on in place; without
-    a `method` the session then holds its measured L0 (see `continued_method`) and fills the optimiser's
-    moments at rate 0 for 100 steps. With `rescale`, the input scale that its preflight asks for is folded into
-    the weights first.
+    a commit. `n_latents=None` means `expansion_factor` (4) times source.width_in. Where rows are stored, new weights start
+    centred on their mean, which is far from zero in most networks: the biases hold it (`centre`). With `normalise` they
+    hold the scale of the data too, so that learning rates and penalties mean the same on any data (see
+    `models.start.started_on`). A given `dictionary` is trained on in place, with its own centre and scales; without a
+    `method` the session then holds its measured L0 (see `continued_method`) and fills the optimiser's moments at rate 0
+    for 100 steps. With `rescale`, the input scale that its preflight asks for is set first.
     """
 
     source = param.ClassSelector(class_=Source, constant=True, doc="Where activations come from.")
@@ -83,6 +85,16 @@ class Session(param.Parameterized):
     ramps = param.Dict({}, doc="Numbers of the method that start elsewhere: {'k': [256, 1000]} goes from 256 to k in 1,000 steps.")
     dead_after = param.Integer(100_000, bounds=(1, None), doc="Samples of silence after which a latent is dead.")
     budget = param.Integer(2_000_000_000, bounds=(1, None), doc="Bytes that commits may take on disk.")
+    normalise = param.Boolean(
+        False, constant=True, doc="New weights train on rows scaled to a mean squared norm of their width; the dictionary keeps the scale."
+    )
+    centre = param.Selector(
+        default="auto",
+        objects=["auto", *CENTRES],
+        constant=True,
+        doc="Where new weights are centred: the mean or geometric median of training rows, or zero. auto: the mean where rows are stored.",
+    )
+    pre_bias = param.Boolean(False, constant=True, doc="New weights subtract the decoder's bias from their input (SAEs only).")
     seed = param.Integer(0, bounds=(0, None), constant=True, doc="Seed of the weights and of every plan.")
     device = param.String("auto", constant=True, doc="cpu, cuda or cuda:N.")
     anchors = param.ClassSelector(class_=Anchors, allow_None=True, doc="Directions to compare with where there is no truth.")
@@ -94,6 +106,7 @@ class Session(param.Parameterized):
         n_latents: int | None = None,
         dictionary: SparseDictionary | None = None,
         *,
+        expansion_factor: float | int | None = None,
         rescale: bool = False,
         **settings,
     ):
@@ -104,6 +117,7 @@ class Session(param.Parameterized):
         if dictionary is not None:
             if n_latents not in (None, dictionary.n_latents):
                 raise ValueError(f"Session: n_latents is {n_latents} and the dictionary has {dictionary.n_latents}; leave n_latents out.")
+            _check_start(settings)
             _check_widths(dictionary, source)
             rows = source.sample(CHOOSE_ROWS, stream(settings.get("seed", 0), "preflight"), "choose")
             found = preflight(dictionary, rows, getattr(source, "hooks", ()))
@@ -111,12 +125,12 @@ class Session(param.Parameterized):
                 dictionary = scaled(dictionary, found.scale)
                 found = preflight(dictionary, rows, getattr(source, "hooks", ()))
             if found.verdict != "fits":
-                way_out = "rescale=True folds it in" if found.scale != 1 else "use activations of the place that it was trained on"
+                way_out = "rescale=True scales them" if found.scale != 1 else "use activations of the place that it was trained on"
                 warnings.warn(f"{found.stamp} Every number below is about this misfit; {way_out}.", stacklevel=2)
             method = continued_method(dictionary, rows) if method is None else method
             n_latents = dictionary.n_latents
         method = TopK() if method is None else type(method)(**settings_of(method))
-        n_latents = 4 * source.width_in if n_latents is None else n_latents
+        n_latents = _size(source.width_in, n_latents, expansion_factor)
         method.check(n_latents)
         ramps = ramps_of(settings.get("ramps", {}), method, n_latents)
         super().__init__(source=source, method=method, n_latents=n_latents, device=device, **settings)
@@ -124,9 +138,10 @@ class Session(param.Parameterized):
         hold = 0 if dictionary is None else MOMENT_STEPS
         if dictionary is None:
             dictionary = method.build(source.width_in, source.width_out, n_latents, stream(self.seed, "weights"))
-            if source.n is not None:
-                rows = source.sample(CHOOSE_ROWS, stream(self.seed, "centre"), "train")
-                dictionary = shifted(dictionary, rows.inputs.mean(dim=0), rows.targets.mean(dim=0))
+            stored = "mean" if source.n is not None else "none"
+            start = {"centre": stored if self.centre == "auto" else self.centre, "normalise": self.normalise, "pre_bias": self.pre_bias}
+            if start != {"centre": "none", "normalise": False, "pre_bias": False}:
+                dictionary = started_on(dictionary, source.sample(CHOOSE_ROWS, stream(self.seed, "centre"), "train"), **start)
         weights = copy.deepcopy(dictionary).to(device=self.device, dtype=torch.float32).requires_grad_(True)
         method.fits(weights)
         ramped(method, ramps, 0).retune(weights.nonlinearity)
@@ -185,6 +200,11 @@ class Session(param.Parameterized):
     def kind(self) -> str:
         """ "sae", "transcoder" or "crosscoder": what the data makes of the model."""
         return self._judge_rows(1).kind
+
+    @property
+    def expansion_factor(self) -> float:
+        """n_latents / source.width_in"""
+        return self.n_latents / self.source.width_in
 
     @property
     def step(self) -> int:
@@ -347,7 +367,7 @@ class Session(param.Parameterized):
             return state, settings, run.recorder.truncated(state.step)
 
         state, settings, recorder = self._call(taken)
-        constant = {k: getattr(self, k) for k in ("n_latents", "seed", "budget", "device", "anchors")}
+        constant = {k: getattr(self, k) for k in (*CONSTANT, "device", "anchors")}
         twin = Session._around(self.source, settings, self.preflight, **constant)
         twin._run = twin._run_in_memory(state, settings)
         twin._run.recorder = recorder
@@ -653,7 +673,30 @@ def _check_kinds(source, method, settings: dict[str, Any]) -> None:
     unknown = sorted(set(settings) - set(Session.param))
     if unknown:
         known = ", ".join(k for k in Session.param if k != "name")
-        raise TypeError(f"Session: there is no setting {unknown[0]!r}; there are {known}, dictionary and rescale.")
+        raise TypeError(f"Session: there is no setting {unknown[0]!r}; there are {known}, expansion_factor, dictionary and rescale.")
+
+
+def _check_start(settings: dict) -> None:
+    for name, default in LATER.items():
+        if settings.get(name, default) != default:
+            raise ValueError(
+                f"Session: {name} is {settings[name]!r}, which says where new weights start, and the given dictionary has its own centre "
+                f"and scales. Leave {name} out; rescale=True sets the scale that its preflight finds."
+            )
+
+
+def _size(width: int, n_latents: int | None, expansion_factor: float | int | None) -> int:
+    """n_latents, as given or by the expansion factor."""
+    if expansion_factor is None:
+        return 4 * width if n_latents is None else n_latents
+    if isinstance(expansion_factor, bool) or not isinstance(expansion_factor, Real) or not 0 < expansion_factor < float("inf"):
+        raise ValueError(f"Session: expansion_factor is {expansion_factor!r}; give a positive number, n_latents over width {width}.")
+    size = max(1, round(expansion_factor * width))
+    if n_latents not in (None, size):
+        raise ValueError(
+            f"Session: n_latents is {n_latents}, and {expansion_factor:g} (expansion_factor) times {width} is {size}; give one of them."
+        )
+    return size
 
 
 def _device(name: str) -> str:

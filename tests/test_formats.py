@@ -147,7 +147,7 @@ BROKEN = {
     "unknown setting": (lambda r, t: put(r["nonlinearity"]["settings"], "path", "/"), "setting 'path'"),
     "giant setting": (lambda r, t: put(r["nonlinearity"]["settings"], "n_latents", 10**15), "threshold has shape"),
     "text setting": (lambda r, t: put(r["nonlinearity"]["settings"], "n_latents", "many"), "cannot be made"),
-    "newer": (lambda r, t: put(r, "format_version", 2), "Update sdl_explorer"),
+    "newer": (lambda r, t: put(r, "format_version", 3), "Update sdl_explorer"),
     "no version": (lambda r, t: r.pop("format_version"), "format_version is None"),
     "no flag": (lambda r, t: r.pop("subtract_b_dec"), "subtract_b_dec is None"),
     "no nonlinearity": (lambda r, t: r.pop("nonlinearity"), "nonlinearity is None"),

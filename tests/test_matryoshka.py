@@ -111,7 +111,8 @@ def test_the_kernels_give_the_same_loss_and_gradients(method, monkeypatch):
     """The sparse path of large sizes, on a small one."""
     batch, found = rows(), {}
     for path, pays in (("dense", lambda *_: False), ("sparse", lambda *_: True)):
-        monkeypatch.setattr("sdl_explorer.models.methods.topk.pays", pays)
+        for module in ("topk", "matryoshka"):
+            monkeypatch.setattr(f"sdl_explorer.models.methods.{module}.pays", pays)
         dictionary = planted(method.nonlinearity(N_LATENTS))
         encoding = dictionary(batch.inputs)
         assert (encoding.pre is None) == (path == "sparse")
@@ -125,7 +126,8 @@ def test_the_kernels_give_the_same_loss_and_gradients(method, monkeypatch):
 def test_several_k_where_the_larger_one_is_too_dense_for_the_kernels(monkeypatch):
     batch, method = rows(), MultiTopK(k=1)
     expected = losses_of(method, planted(method.nonlinearity(N_LATENTS)), batch)
-    monkeypatch.setattr("sdl_explorer.models.methods.topk.pays", lambda n, dictionary, entries: entries <= n)
+    for module in ("topk", "matryoshka"):
+        monkeypatch.setattr(f"sdl_explorer.models.methods.{module}.pays", lambda n, dictionary, entries: entries <= n)
     found = losses_of(method, planted(method.nonlinearity(N_LATENTS)), batch)
     assert {n: float(v.detach()) for n, v in found.items()} == pytest.approx({n: float(v.detach()) for n, v in expected.items()}, rel=1e-5)
 
@@ -186,6 +188,23 @@ def test_multi_k_loss_and_gradients_are_equation_9(multiples, weights):
     expected = gradients(dictionary, expected)
     for name in NAMES:
         torch.testing.assert_close(found[name], expected[name], rtol=1e-4, atol=1e-5)
+
+
+def test_all_k_are_cut_from_one_encoder_product(monkeypatch):
+    method, batch, products = MultiTopK(k=K, multiples=[4, 2], weights=[0.5, 0.5]), rows(), []
+    for module in ("topk", "matryoshka"):
+        monkeypatch.setattr(f"sdl_explorer.models.methods.{module}.pays", lambda *_: True)
+    select = kernels.select_rows
+    monkeypatch.setattr(kernels, "select_rows", lambda *arguments: products.append(1) or select(*arguments))
+    dictionary = planted(method.nonlinearity(N_LATENTS))
+    losses = losses_of(method, dictionary, batch)
+    assert len(products) == 1 and losses["further"] > 0
+    assert dictionary.eval().encode(batch.inputs).indices.shape == (K * batch.n,), "codes are those of k, and so is their cost"
+    plain = SparseDictionary(dictionary.W_enc, dictionary.W_dec, dictionary.b_enc, dictionary.b_dec, TopKSelection(K))
+    assert method.objective(plain, plain(batch.inputs), batch, context()).keys() == losses.keys(), "a file from before"
+    method.k = K + 1
+    method.retune(dictionary.nonlinearity)
+    assert dictionary.nonlinearity.settings() == {"k": K + 1, "most": 4 * (K + 1)}
 
 
 def test_codes_of_several_k_are_those_of_k():
@@ -290,7 +309,7 @@ def test_changed_prefixes_reach_a_live_sigma():
     foreign = BatchTopKSelection(K)
     method.retune(foreign)
     assert foreign.k == 5, "a dictionary from elsewhere can be trained on with prefixes"
-    assert type(MultiTopK(k=K).nonlinearity(N_LATENTS)) is TopKSelection
+    assert MultiTopK(k=K).nonlinearity(N_LATENTS).settings() == {"k": K, "most": 4 * K}
 
 
 def test_a_session_refuses_prefixes_that_outgrow_its_dictionary():

@@ -528,16 +528,17 @@ def test_close_stops_a_run():
     assert future.done() and not session.running
 
 
-def test_a_checkpoint_of_another_scale_is_folded_on_request():
+def test_a_checkpoint_of_another_scale_is_scaled_on_request():
     rows = HierarchyBench().sample(2000, stream("scale"))
     W = rows.truth.input_features
     made_for = SparseDictionary(W, W, b_enc=-0.1 - 0.3 * W.sum(dim=1), b_dec=torch.full((W.shape[1],), 0.3))
     source = Stored(7.3 * (rows.inputs + 0.3))
-    with pytest.warns(UserWarning, match=r"fits after scaling by 0\.1.*rescale=True folds it in"):
+    with pytest.warns(UserWarning, match=r"fits after scaling by 0\.1.*rescale=True scales them"):
         asked = Session(source, dictionary=made_for)
-    with asked, Session(source, dictionary=made_for, rescale=True) as folded:
+    with asked, Session(source, dictionary=made_for, rescale=True) as rescaled:
         assert asked.preflight.verdict.startswith("fits after scaling by 0.1") and asked.preflight.scale != 1
-        assert torch.equal(asked.dictionary.W_enc, made_for.W_enc), "nothing is folded unasked"
-        assert folded.preflight.verdict == "fits" and folded.preflight.scale == 1
-        assert torch.allclose(folded.dictionary.W_enc, asked.preflight.scale * made_for.W_enc)
-        assert folded.find(check_health).unexplained_variance < 0.5 * asked.find(check_health).unexplained_variance
+        assert asked.dictionary.input_scale == 1, "nothing is scaled unasked"
+        assert rescaled.preflight.verdict == "fits" and rescaled.preflight.scale == 1
+        assert rescaled.dictionary.input_scale == rescaled.dictionary.target_scale == asked.preflight.scale
+        assert torch.equal(rescaled.dictionary.W_enc, made_for.W_enc), "it trains on in the units that it was made in"
+        assert rescaled.find(check_health).unexplained_variance < 0.5 * asked.find(check_health).unexplained_variance

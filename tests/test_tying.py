@@ -14,7 +14,7 @@ from sdl_explorer.models.dictionary import SparseDictionary
 from sdl_explorer.models.formats.native import build_dictionary, dictionary_record, dictionary_tensors
 from sdl_explorer.models.methods import BatchTopK, Context, Method, ReLU, TopK
 from sdl_explorer.models.methods.topk import TopKSelection
-from sdl_explorer.models.rewrites import scaled, shifted, uncentred, untied
+from sdl_explorer.models.rewrites import folded, scaled, shifted, uncentred, untied
 from sdl_explorer.session import Session
 from sdl_explorer.training.interventions import Anchor, Resample
 from sdl_explorer.training.loop import train
@@ -311,7 +311,7 @@ def test_only_the_same_parameter_ties():
 
 
 def test_rewrites_of_a_tied_dictionary():
-    """A mean is folded into the biases and keeps the tie; a scale cannot, since it goes both ways."""
+    """A mean is folded into the biases and keeps the tie, and so does a scale that is held; folded it cannot, since it goes both ways."""
     tied = built(TopK(k=3, tie="tied")).eval()
     x, mean = torch.randn(40, D), torch.randn(D)
     with torch.no_grad():
@@ -320,8 +320,9 @@ def test_rewrites_of_a_tied_dictionary():
         torch.testing.assert_close(moved(x + mean).reconstruction, tied(x).reconstruction + mean)
         tied.b_dec.copy_(torch.randn(D))
         larger = scaled(tied, 4.0)
-        assert not larger.tied and tied.tied
-        torch.testing.assert_close(larger(x / 4).reconstruction, tied(x).reconstruction / 4)
+        assert larger.tied and not folded(larger).tied and tied.tied
+        for made in (larger, folded(larger)):
+            torch.testing.assert_close(made(x / 4).reconstruction, tied(x).reconstruction / 4)
         apart = untied(tied)
         assert not apart.tied and same(apart, tied)
         apart.W_enc.zero_()

@@ -35,8 +35,10 @@ def estimate_penalty(dictionary: SparseDictionary, activations: Activations) -> 
 
     Where mean |r|^2 + l1 * mean sum_i z_i |W_dec_i| is stationary in b_enc_i, r = x_r - recon,
     mean over the rows on which latent i fires of 2 <r, W_dec_i> / |W_dec_i| equals l1. The estimate is the
-    mean over all firing pairs; it is negative where a dictionary overshoots, which no L1 penalty does.
+    mean over all firing pairs; it is negative where a dictionary overshoots, which no L1 penalty does. In units of the
+    weights, as training descends it.
     """
+    dictionary, activations = dictionary.core, dictionary.normalised(activations)
     with evaluating(dictionary):
         directions = normalize(dictionary.W_dec.float(), dim=1)
         pulled = error = 0.0
@@ -59,6 +61,7 @@ def continued_method(dictionary: SparseDictionary, activations: Activations) -> 
     weights. TopK, BatchTopK and pursuits keep k, Matryoshka its widths. `unit_norm` is on only where all decoder rows have norm 1, and a
     tied encoder stays tied.
     """
+    dictionary, activations = dictionary.core, dictionary.normalised(activations)
     sigma = dictionary.nonlinearity
     unit_norm = bool(((dictionary.W_dec.norm(dim=1) - 1).abs() <= UNIT).all())
     shared: dict[str, Any] = {"unit_norm": unit_norm, "tie": "tied" if dictionary.tied else "untied"}

@@ -26,7 +26,7 @@ from torch.nn.functional import embedding_bag
 from sdl_explorer.data.activations import Activations
 from sdl_explorer.models.dictionary import Latents, SparseDictionary
 
-FIRES = 1e-6  # latent i fires on x when z_i > FIRES * |W_enc_i| * |x|: rounding at an exact zero is not firing
+FIRES = 1e-6  # latent i fires on x when z_i > FIRES * |W_enc_i| * |input_scale x|: rounding at an exact zero is not firing
 BLOCK_BYTES = 16 * 2**20  # of one block's dense pre-activations; a pass holds a few blocks of this size
 MOST_ROWS = 4096
 SPARSE = 1 / 16  # share of the codes that fire, below which sums over entries beat a dense product
@@ -179,7 +179,7 @@ def encoded(dictionary: SparseDictionary, activations: Activations, block: int |
     """The rows in blocks, each encoded once. Call it inside `evaluating`."""
     size = block_rows(max(dictionary.n_latents, dictionary.d_in, dictionary.d_out)) if block is None else block
     like = dictionary.W_enc
-    reads = FIRES * like.float().norm(dim=1)
+    reads = FIRES * dictionary.input_scale * like.float().norm(dim=1)
     for start in range(0, activations.n, size):
         inputs = activations.inputs[start : start + size].to(like)
         targets = inputs if activations.targets is activations.inputs else activations.targets[start : start + size].to(like)

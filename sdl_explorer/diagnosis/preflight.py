@@ -29,7 +29,7 @@ class Preflight:
     """What `preflight` found. NaN where the widths forbid measuring.
 
     verdict                       "fits", "fits after scaling by <s>" or "does not fit"; `reason` says why
-    scale                         the input scale to fold in (`rewrites.scaled`); 1 unless the verdict asks for another
+    scale                         the input scale to set (`rewrites.scaled`); 1 unless the verdict asks for another
     best_scale                    the s of least cost, error and L0 together
     input_norm                    mean |x| of these rows
     expected_norm                 best_scale * input_norm, the mean norm at which the dictionary does best
@@ -158,7 +158,7 @@ def _cost(dictionary: SparseDictionary, error: float, l0: float) -> float:
 def _measure(dictionary: SparseDictionary, inputs: Tensor, targets: Tensor, s: float) -> tuple[float, float]:
     """UV(s) and the number of latents that fire per row; a sum that overflows counts as no explanation at all."""
     centre = targets.mean(dim=0)
-    reads = FIRES * dictionary.W_enc.norm(dim=1)
+    reads = FIRES * dictionary.input_scale * dictionary.W_enc.norm(dim=1)
     error = variance = fired = 0.0
     size = block_rows(max(dictionary.n_latents, dictionary.d_in, dictionary.d_out))
     for x, target in zip(inputs.split(size), targets.split(size), strict=True):

@@ -14,6 +14,7 @@ from sdl_explorer.registry import member
 from sdl_explorer.session import Session
 
 OF_SESSION = ("batch_size", "lr", "warmup_steps", "decay_steps", "dead_after")
+OF_START = ("normalise", "centre", "pre_bias")  # told where they are not what a session does by itself
 
 
 def sweep(
@@ -34,6 +35,7 @@ def sweep(
     means and intervals. The session itself is left as it is.
     """
     kept = {name: getattr(session, name) for name in OF_SESSION}
+    kept |= {name: getattr(session, name) for name in OF_START if getattr(session, name) != session.param[name].default}
     return _run(
         session.source, session.method, {"n_latents": session.n_latents, **kept}, grid, seeds, steps, Path(folder), session.device, say
     )
@@ -78,7 +80,7 @@ def _run(source, method, base: dict, grid, seeds, steps, folder: Path, device: s
 
 
 def _cells(source, method, base: dict, grid, seeds, steps):
-    known = {"n_latents", *OF_SESSION}
+    known = {"n_latents", *OF_SESSION, *OF_START}
     for name in {*grid, *base}:
         if name not in known and not (name.startswith("method.") and name.removeprefix("method.") in method.param):
             own = ", ".join(f"method.{p}" for p in method.param if p != "name")

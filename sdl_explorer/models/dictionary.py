@@ -4,6 +4,8 @@ SAE, transcoder or crosscoder is a property of the data; a variant is a `Method`
 """
 
 from collections.abc import Callable
+from copy import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,6 +13,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from sdl_explorer.data.activations import Activations
 
 
 class Latents:
@@ -115,6 +119,7 @@ class Nonlinearity(nn.Module):
 
     homogeneous = False  # sigma(a z) = a sigma(z) for a > 0
     masks_only = False  # sigma(z)_i in {0, z_i}
+    explains_rows = False  # codes are coefficients of a fit of x by the rows of W_enc, whose lengths then matter
 
     def settings(self) -> dict:
         return {}
@@ -142,16 +147,29 @@ class SparseDictionary(nn.Module):
     """Anybody's weights as a dictionary; row i of `W_enc` (n_latents, d_in) and of `W_dec` (n_latents, d_out)
     belongs to latent i.
 
-        pre    = (x - b_dec if subtract_b_dec else x) @ W_enc.T + b_enc
+        pre    = (input_scale * x - (b_dec if subtract_b_dec else 0)) @ W_enc.T + b_enc
         latents = sigma(pre)
-        recon   = latents @ W_dec + b_dec
+        recon   = (latents @ W_dec + b_dec) / target_scale
 
     `nonlinearity=None` is ReLU; a missing bias becomes zeros. One `nn.Parameter` given for both matrices ties them.
+    The two scales are numbers that never train: rows come and go as the data have them, and the weights are in units of
+    their own (`core`, `normalised`). One number a side, so directions and cosines are those of the data.
     """
 
     nonlinearity: Any  # a Nonlinearity; a method knows which, and reads that member's own attributes
 
-    def __init__(self, W_enc, W_dec, b_enc=None, b_dec=None, nonlinearity=None, *, subtract_b_dec: bool = False):
+    def __init__(
+        self,
+        W_enc,
+        W_dec,
+        b_enc=None,
+        b_dec=None,
+        nonlinearity=None,
+        *,
+        subtract_b_dec: bool = False,
+        input_scale: float | int = 1.0,
+        target_scale: float | int = 1.0,
+    ):
         super().__init__()
         W_enc, W_dec = _matrix("W_enc", W_enc), _matrix("W_dec", W_dec)
         n_latents, d_out = W_dec.shape
@@ -164,6 +182,11 @@ class SparseDictionary(nn.Module):
             raise ValueError("SparseDictionary: n_latents is 0; a dictionary needs at least one latent.")
         if subtract_b_dec and W_enc.shape[1] != d_out:
             raise ValueError(f"SparseDictionary: subtract_b_dec needs d_in = d_out; they are {W_enc.shape[1]} and {d_out}.")
+        input_scale, target_scale = _scale("input_scale", input_scale), _scale("target_scale", target_scale)
+        if subtract_b_dec and input_scale != target_scale:
+            raise ValueError(
+                f"SparseDictionary: subtract_b_dec needs one scale for both sides; they are {input_scale:g} and {target_scale:g}."
+            )
         self.W_enc, self.W_dec = _parameter(W_enc), _parameter(W_dec)
         self.b_enc = nn.Parameter(_vector("b_enc", b_enc, n_latents, W_enc))
         self.b_dec = nn.Parameter(_vector("b_dec", b_dec, d_out, W_dec))
@@ -173,6 +196,7 @@ class SparseDictionary(nn.Module):
             nonlinearity = Rectified()
         self.nonlinearity = nonlinearity if isinstance(nonlinearity, Nonlinearity) else Pointwise(nonlinearity)
         self.subtract_b_dec = bool(subtract_b_dec)
+        self.input_scale, self.target_scale = input_scale, target_scale
         self.provenance: dict = {}  # where the weights come from; the readers of checkpoints fill it
 
     @property
@@ -196,7 +220,29 @@ class SparseDictionary(nn.Module):
     def device(self) -> torch.device:
         return self.W_enc.device
 
+    @property
+    def core(self) -> "SparseDictionary":
+        """The same weights for rows in their own units: target_scale * self(x) is core(input_scale * x).
+
+        Not a copy: parameters and sigma are shared, the scales are 1. Training and interventions work on it.
+        """
+        if self.input_scale == self.target_scale == 1:
+            return self
+        core = copy(self)
+        core.input_scale = core.target_scale = 1.0
+        return core
+
+    def normalised(self, activations: Activations) -> Activations:
+        """Raw rows in the units of the weights, for `core`; the targets of an SAE stay its inputs."""
+        if self.input_scale == self.target_scale == 1:
+            return activations
+        inputs = self.input_scale * activations.inputs
+        same = activations.targets is activations.inputs and self.input_scale == self.target_scale
+        return replace(activations, inputs=inputs, targets=inputs if same else self.target_scale * activations.targets)
+
     def centred(self, inputs: Tensor) -> Tensor:
+        """What the encoder's rows are multiplied with."""
+        inputs = inputs if self.input_scale == 1 else self.input_scale * inputs
         return inputs - self.b_dec if self.subtract_b_dec else inputs
 
     def pre(self, inputs: Float[Tensor, "n d_in"], latents=None) -> Tensor:
@@ -208,14 +254,21 @@ class SparseDictionary(nn.Module):
         return self._encode(inputs)[0]
 
     def decode(self, latents: Latents | Tensor) -> Float[Tensor, "n d_out"]:
-        if isinstance(latents, Tensor):
-            latents = Latents(latents)
+        written = self._sums(Latents(latents) if isinstance(latents, Tensor) else latents) + self.b_dec
+        return written if self.target_scale == 1 else written / self.target_scale
+
+    def forward(self, inputs: Float[Tensor, "n d_in"]) -> Encoding:
+        latents, pre = self._encode(inputs)
+        return Encoding(latents, self.decode(latents), pre)
+
+    def _sums(self, latents: Latents) -> Tensor:
+        """latents @ W_dec"""
         if not latents.is_sparse:
-            return latents.values @ self.W_dec + self.b_dec
+            return latents.values @ self.W_dec
         if latents.bags is not None:
-            return latents.bags.decode(latents.values, self.W_dec) + self.b_dec
+            return latents.bags.decode(latents.values, self.W_dec)
         indices, offsets = latents.layout
-        bags = F.embedding_bag(
+        return F.embedding_bag(
             indices,
             self.W_dec,
             offsets,
@@ -223,11 +276,6 @@ class SparseDictionary(nn.Module):
             per_sample_weights=latents.values,
             include_last_offset=True,
         )
-        return bags + self.b_dec
-
-    def forward(self, inputs: Float[Tensor, "n d_in"]) -> Encoding:
-        latents, pre = self._encode(inputs)
-        return Encoding(latents, self.decode(latents), pre)
 
     def _encode(self, inputs: Tensor) -> tuple[Latents, Tensor | None]:
         if inputs.shape[-1] != self.d_in:
@@ -259,7 +307,9 @@ class SparseDictionary(nn.Module):
         return write_dictionary(self, Path(path), format)
 
     def extra_repr(self) -> str:
-        return f"n_latents={self.n_latents}, d_in={self.d_in}, d_out={self.d_out}, subtract_b_dec={self.subtract_b_dec}"
+        sizes = f"n_latents={self.n_latents}, d_in={self.d_in}, d_out={self.d_out}, subtract_b_dec={self.subtract_b_dec}"
+        scaled = self.input_scale != 1 or self.target_scale != 1
+        return f"{sizes}, input_scale={self.input_scale:.6g}, target_scale={self.target_scale:.6g}" if scaled else sizes
 
 
 def _matrix(name: str, value) -> Tensor:
@@ -268,6 +318,13 @@ def _matrix(name: str, value) -> Tensor:
         raise ValueError(
             f"SparseDictionary: {name} is {value.dtype} of shape {tuple(value.shape)}; give a floating-point matrix, a row per latent."
         )
+    return value
+
+
+def _scale(name: str, value) -> float:
+    value = float(value)
+    if not 0 < value < float("inf"):
+        raise ValueError(f"SparseDictionary: {name} is {value}; a scale is a positive finite number.")
     return value
 
 

@@ -14,22 +14,45 @@ from sdl_explorer.models.methods.topk import BatchTopKSelection, TopKSelection
 BLOCK = 2**24  # pre-activations that are looked at together
 
 
-@torch.no_grad()
 def scaled(dictionary: SparseDictionary, s: float | int) -> SparseDictionary:
     """A copy for raw x of a dictionary that was made for s*x, on both sides: g(x) = f(s*x) / s.
 
-        W_enc <- s * W_enc,  W_dec <- W_dec / s,  b_dec <- b_dec / s
+        input_scale <- s * input_scale,  target_scale <- s * target_scale
 
-    b_enc, thresholds and codes stay as they are, so the decoder norms change by 1/s, and a tied encoder becomes one of
-    its own. Exact for every nonlinearity that reads the pre-activations alone, and for Gated.
+    Weights and codes stay as they are, so it is exact for every nonlinearity, and the copy trains on in the units that it
+    was made in. `folded` moves the scales into the weights.
     """
     if not (0 < s < float("inf")):
         raise ValueError(f"scaled: s is {s}; an input scale is a positive finite number.")
+    copy = deepcopy(dictionary)
+    copy.input_scale, copy.target_scale = s * copy.input_scale, s * copy.target_scale
+    _note(copy, f"inputs are scaled by {s:.6g}")
+    return copy
+
+
+@torch.no_grad()
+@torch.no_grad()
+def folded(dictionary: SparseDictionary) -> SparseDictionary:
+    """A copy with both scales 1 and the same function, the scales folded into the weights:
+
+        W_enc <- input_scale * W_enc,  W_dec <- W_dec / target_scale,  b_dec <- b_dec / target_scale
+
+    b_enc, thresholds and codes stay as they are, so the decoder norms change by 1 / target_scale, and a tied encoder
+    becomes one of its own. A sigma that explains rows by W_enc itself (pursuits, Lasso) would give other codes: raises TypeError.
+    """
+    if dictionary.input_scale == dictionary.target_scale == 1:
+        return deepcopy(dictionary)
+    if dictionary.nonlinearity.explains_rows:
+        raise TypeError(
+            f"folded: {type(dictionary.nonlinearity).__name__} explains rows by the rows of W_enc, and atoms of another length give other "
+            f"codes, so its scales ({dictionary.input_scale:.6g}, {dictionary.target_scale:.6g}) stay. Save it as native, which keeps them."
+        )
     copy = untied(dictionary)
-    copy.W_enc.mul_(s)
-    copy.W_dec.div_(s)
-    copy.b_dec.div_(s)
-    _note(copy, f"input scale {s:.6g} folded into the weights")
+    copy.W_enc.mul_(copy.input_scale)
+    copy.W_dec.div_(copy.target_scale)
+    copy.b_dec.div_(copy.target_scale)
+    _note(copy, f"input scale {copy.input_scale:.6g} and target scale {copy.target_scale:.6g} folded into the weights")
+    copy.input_scale = copy.target_scale = 1.0
     return copy
 
 
@@ -37,7 +60,7 @@ def scaled(dictionary: SparseDictionary, s: float | int) -> SparseDictionary:
 def shifted(dictionary: SparseDictionary, inputs: Float[Tensor, " d_in"], targets: Float[Tensor, " d_out"]) -> SparseDictionary:
     """A copy for raw rows of a dictionary that was made for centred ones: g(x) = f(x - mu_in) + mu_out.
 
-        b_enc <- b_enc - W_enc @ mu_in,  b_dec <- b_dec + mu_out
+        b_enc <- b_enc - input_scale * W_enc @ mu_in,  b_dec <- b_dec + target_scale * mu_out
 
     `inputs` and `targets` are the means mu_in and mu_out. Codes unchanged. A dictionary that subtracts b_dec from its
     input centres by that alone; its two means must be one. After `scaled`: made for s * (x - mu).
@@ -51,8 +74,8 @@ def shifted(dictionary: SparseDictionary, inputs: Float[Tensor, " d_in"], target
         )
     copy = deepcopy(dictionary)
     if not copy.subtract_b_dec:
-        _move_inputs(copy, inputs.to(copy.W_enc))
-    copy.b_dec.add_(targets.to(copy.b_dec))
+        _move_inputs(copy, copy.input_scale * inputs.to(copy.W_enc))
+    copy.b_dec.add_(copy.target_scale * targets.to(copy.b_dec))
     return copy
 
 
@@ -76,7 +99,7 @@ def untied(dictionary: SparseDictionary) -> SparseDictionary:
 
 
 def _move_inputs(dictionary: SparseDictionary, mean: Tensor) -> None:
-    """The same codes for x as before for x - mean."""
+    """The same codes for x as before for x - mean, in units of the weights."""
     shift = dictionary.W_enc @ mean
     dictionary.b_enc.sub_(shift)
     dictionary.nonlinearity.absorb(shift)

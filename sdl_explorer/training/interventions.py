@@ -28,7 +28,8 @@ BLOCK = 2_048
 class Intervention(param.Parameterized):
     """Settings of a change, with bounds and docs: they make the dialog. Abstract.
 
-    `choose_rows` is how many choose rows a plan reads; None: as many as the run takes.
+    `choose_rows` is how many choose rows a plan reads; None: as many as the run takes. A run gives the rows in the units
+    of the weights, and the dictionary's `core`, as training does.
     """
 
     __abstract = True
@@ -259,8 +260,8 @@ def _mean_sigma(dictionary: SparseDictionary, alive: Tensor, n: int) -> dict[str
 
 def _has_direction(dictionary: SparseDictionary, choose: Activations) -> Tensor:
     """Which choose rows are zero neither as input nor as target, as the encoder sees them; bool on the CPU."""
-    centre = dictionary.b_dec.cpu() if dictionary.subtract_b_dec else 0.0
-    return ((choose.inputs.cpu() - centre).norm(dim=1) > 0) & ((choose.targets.cpu() - centre).norm(dim=1) > 0)
+    directed = lambda rows: (dictionary.centred(rows.to(dictionary.device)).norm(dim=1) > 0).cpu()
+    return directed(choose.inputs) & directed(choose.targets)
 
 
 def _chosen(who: str, latents, state: TrainState) -> Tensor:

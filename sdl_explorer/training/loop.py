@@ -21,7 +21,8 @@ def train(state: TrainState, method: Method, source: Source, *, batch_size: int,
     """Go on from `state.step`, in place, one step for each `next()`.
 
     The step's batch is `source.batch(state.step, batch_size, order)`, so stopping and going on changes
-    nothing. `only` names latents: every other row, `b_dec`, and their optimiser moments stay bit-identical.
+    nothing. The method sees the dictionary's `core` and rows in its units, so its losses and settings are in units of the
+    weights, whatever the scale of the data. `only` names latents: every other row, `b_dec`, and their optimiser moments stay bit-identical.
     """
     while True:
         yield _take_step(state, method, source, batch_size, order, only)
@@ -33,7 +34,7 @@ def _take_step(state: TrainState, method: Method, source: Source, batch_size: in
     if state.schedule.ramps:
         method = ramped(method, state.schedule.ramps, state.step)
         method.retune(dictionary.nonlinearity)
-    batch = source.batch(state.step, batch_size, order).to(dictionary.device)
+    batch = dictionary.normalised(source.batch(state.step, batch_size, order).to(dictionary.device))
     generator = stream(state.seed, "step", state.step)
     context = Context(state.step, state.samples_since_fired, state.pins, generator, state.dead_after)
 
@@ -44,7 +45,7 @@ def _take_step(state: TrainState, method: Method, source: Source, batch_size: in
         finally:
             settle(state.optimiser)
         with torch.no_grad():
-            method.after_step(dictionary, encoding, context)
+            method.after_step(dictionary.core, encoding, context)
 
     with torch.no_grad():
         fired = encoding.latents.fired()
@@ -59,7 +60,7 @@ def _descend(
     state: TrainState, method: Method, batch: Activations, context: Context, shared: list[Parameter]
 ) -> tuple[Encoding, dict[str, Tensor]]:
     """Losses, their gradient, and one update of the weights."""
-    dictionary = state.dictionary
+    dictionary = state.dictionary.core
     encoding = dictionary(batch.inputs)
     losses = method.objective(dictionary, encoding, batch, context) | method.weight_terms(dictionary)
     if state.pins is not None:

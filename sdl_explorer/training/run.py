@@ -131,7 +131,9 @@ class Run:
     def plan(self, intervention: Intervention) -> Plan:
         step, seed = self.state.step, self.state.seed
         choose = self.source.sample(intervention.choose_rows or CHOOSE_ROWS, stream(seed, "choose", step), "choose")
-        return intervention.plan(self.state, choose, stream(seed, "plan", step))
+        dictionary = self.state.dictionary
+        state = replace(self.state, dictionary=dictionary.core)
+        return intervention.plan(state, dictionary.normalised(choose), stream(seed, "plan", step))
 
     def apply(self, change: Plan | Intervention) -> Commit:
         plan = change if isinstance(change, Plan) else self.plan(change)

@@ -5,8 +5,11 @@ Header metadata, key "sdl_explorer", a JSON text:
     {"format_version": 1,
      "nonlinearity": {"class": "TopKSelection", "settings": {"k": 32}},
      "subtract_b_dec": false,
+     "input_scale": 1.0, "target_scale": 1.0,  of `SparseDictionary`; 1 where they are missing
      "tied": false,                            W_enc is W_dec, one parameter; false where it is missing
      "provenance": {...}}                      what `SparseDictionary.provenance` holds
+
+format_version is 2 where a scale is not 1, which a reader of version 1 would overlook.
 
 Tensors, row i belonging to latent i: W_enc (n_latents, d_in), W_dec (n_latents, d_out), b_enc (n_latents),
 b_dec (d_out), and "nonlinearity.<name>" for each parameter and buffer of the nonlinearity.
@@ -30,9 +33,9 @@ from sdl_explorer.models import methods  # noqa: F401  registers the nonlinearit
 from sdl_explorer.models.atomic import write_file
 from sdl_explorer.models.dictionary import Nonlinearity, Pointwise, SparseDictionary
 from sdl_explorer.models.formats.base import Format, kind_of, provenance
-from sdl_explorer.models.formats.files import check_tensors, read_header, read_json, read_tensors, tensor_bytes
+from sdl_explorer.models.formats.files import check_tensors, number, read_header, read_json, read_tensors, tensor_bytes
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 FILE_NAME = "dictionary.safetensors"
 _KEY = "sdl_explorer"
 
@@ -77,11 +80,13 @@ def dictionary_record(dictionary: SparseDictionary) -> dict:
             "Write it as a Nonlinearity subclass, or use one that exists."
         )
     origin = dictionary.provenance or provenance("native", "sdl_explorer", sdl_explorer.__version__, kind=kind_of(dictionary))
+    scales = {"input_scale": dictionary.input_scale, "target_scale": dictionary.target_scale}
     record = {
-        "format_version": FORMAT_VERSION,
+        "format_version": 1 if set(scales.values()) == {1} else 2,
         "nonlinearity": {"class": type(sigma).__name__, "settings": sigma.settings()},
         "subtract_b_dec": dictionary.subtract_b_dec,
         "tied": dictionary.tied,
+        **scales,
         "provenance": origin,
     }
     try:
@@ -121,7 +126,8 @@ def build_dictionary(record: dict, tensors: dict[str, Tensor], origin: Path | st
         if not torch.equal(W_enc, W_dec):
             raise ValueError(f"{origin}: tied is true and W_enc differs from W_dec. Set it to false in the file, or write the file again.")
         W_enc = W_dec = nn.Parameter(W_dec)
-    dictionary = SparseDictionary(W_enc, W_dec, tensors["b_enc"], tensors["b_dec"], sigma, subtract_b_dec=centred)
+    scales = {name: _scale(origin, record, name) for name in ("input_scale", "target_scale")}
+    dictionary = SparseDictionary(W_enc, W_dec, tensors["b_enc"], tensors["b_dec"], sigma, subtract_b_dec=centred, **scales)
     dictionary.provenance = dict(record.get("provenance") or {})
     return dictionary
 
@@ -202,4 +208,11 @@ def _flag(origin, record: dict, name: str) -> bool:
     value = record.get(name)
     if not isinstance(value, bool):
         raise ValueError(f"{origin}: {name} is {value!r}; it must be true or false.")
+    return value
+
+
+def _scale(origin, record: dict, name: str) -> float:
+    value = number(record.get(name, 1.0))
+    if value is None or value <= 0:
+        raise ValueError(f"{origin}: {name} is {record.get(name)!r}; it must be a positive number.")
     return value

@@ -28,10 +28,10 @@ from sdl_explorer.models.formats.base import Format, kind_of, provenance
 from sdl_explorer.models.formats.files import check_tensor, check_tensors, number, read_json, read_tensors, tensor_bytes
 from sdl_explorer.models.methods.gated import GatedRectified
 from sdl_explorer.models.methods.jumprelu import JumpRectified
-from sdl_explorer.models.methods.matryoshka import NestedSelection
+from sdl_explorer.models.methods.matryoshka import NestedSelection, RankedSelection
 from sdl_explorer.models.methods.relu import Rectified
 from sdl_explorer.models.methods.topk import BatchTopKSelection, TopKSelection
-from sdl_explorer.models.rewrites import uncentred
+from sdl_explorer.models.rewrites import folded, uncentred
 
 CONFIG, WEIGHTS, SCALER, SPARSITY = "cfg.json", "sae_weights.safetensors", "activation_scaler.json", "sparsity.safetensors"
 _VERSION = "6.0.0"
@@ -45,6 +45,7 @@ _WRITTEN = {  # nonlinearity: architecture of an SAE, of a transcoder
     BatchTopKSelection: ("jumprelu", "jumprelu_transcoder"),
     NestedSelection: ("jumprelu", "jumprelu_transcoder"),
     TopKSelection: ("topk", None),
+    RankedSelection: ("topk", None),
     GatedRectified: ("gated", None),
 }
 
@@ -95,8 +96,9 @@ class SAELens(Format):
 
 
 def exported(dictionary: SparseDictionary) -> tuple[dict, dict[str, Tensor]]:
-    """The configuration and the tensors that SAELens reads as this dictionary in eval mode."""
+    """The configuration and the tensors that SAELens reads as this dictionary in eval mode; scales are folded."""
     architecture = _architecture(dictionary)
+    dictionary = folded(dictionary)
     transcoder = architecture in _TRANSCODERS
     if transcoder and dictionary.subtract_b_dec:
         dictionary = uncentred(dictionary)  # SAELens never centres a transcoder's input

@@ -27,6 +27,7 @@ class Lasso(Nonlinearity):
     """
 
     masks_only = False
+    explains_rows = True
 
     def __init__(self, alpha: float = 0.1, n_iterations: int = 500):
         super().__init__()

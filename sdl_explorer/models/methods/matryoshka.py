@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sdl_explorer.models.dictionary import Encoding, Latents, SparseDictionary
-from sdl_explorer.models.kernels import Bags
+from sdl_explorer.models.kernels import Bags, pays, top_rows
 from sdl_explorer.models.methods.auxiliary import _Auxiliary
 from sdl_explorer.models.methods.topk import BatchTopKSelection, TopKSelection, _BatchTop, _RowTop
 from sdl_explorer.models.terms import squared_error
@@ -85,6 +85,33 @@ class Matryoshka(_Auxiliary, _BatchTop):
         return losses | {"nested": (levels - batch.targets).square().sum(dim=2).mean(dim=1).sum()}
 
 
+class Ranked(Latents):
+    """The codes of k, with the ranking of more latents that they were cut from."""
+
+    def __init__(self, ranking: Latents, k: int):
+        codes = _cut(ranking, k)
+        super().__init__(codes.values, codes.indices, codes.offsets, codes.n_latents, codes.bags)
+        self.ranking = ranking
+
+
+class RankedSelection(TopKSelection):
+    """TopK that in training ranks `most` latents a row, so that all k_i are cut from one encoder product."""
+
+    def __init__(self, k: int, most: int):
+        super().__init__(k)
+        self.most = int(most)
+
+    def settings(self):
+        return super().settings() | {"most": self.most}
+
+    def select(self, inputs: Tensor, dictionary) -> Latents | None:
+        """The codes of `TopKSelection`; in training `Ranked` ones, or None where that many are too dense for the kernels."""
+        if not self.training:
+            return super().select(inputs, dictionary)
+        most = min(max(self.most, self.k), dictionary.n_latents)
+        return Ranked(top_rows(inputs, dictionary, most), self.k) if pays(len(inputs), dictionary, most * len(inputs)) else None
+
+
 class MultiTopK(_RowTop):
     """Several k: the same latents ranked once and cut at k and at further k_i, each with its own reconstruction.
 
@@ -111,18 +138,33 @@ class MultiTopK(_RowTop):
         """k_i of each multiple."""
         return [min(max(round(multiple * self.k), 1), n_latents) for multiple in self.multiples]
 
+    @property
+    def most(self) -> int:
+        """The largest of all k."""
+        return max(self.k, *(round(multiple * self.k) for multiple in self.multiples), 1)
+
+    def nonlinearity(self, n_latents):
+        return RankedSelection(self.k, self.most)
+
+    def retune(self, nonlinearity):
+        super().retune(nonlinearity)
+        if isinstance(nonlinearity, RankedSelection):
+            nonlinearity.most = self.most
+
     def objective(self, dictionary, encoding, batch, context):
         losses = super().objective(dictionary, encoding, batch, context)
         ks = self.further(dictionary.n_latents)
-        ranked = _ranked(dictionary, encoding, batch.inputs, max(ks, default=1))
-        errors = [squared_error(dictionary.decode(_cut(ranked, k)), batch.targets) for k in ks]
+        ranking = _ranking(dictionary, encoding, batch.inputs, max(ks, default=1))
+        errors = [squared_error(dictionary.decode(_cut(ranking, k)), batch.targets) for k in ks]
         further = sum((weight * error for weight, error in zip(self.weights, errors, strict=True)), losses["error"].new_zeros(()))
         return losses | {"further": further}
 
 
-def _ranked(dictionary: SparseDictionary, encoding: Encoding, inputs: Tensor, k: int) -> Latents:
-    """The k largest of each row; where the encoding kept no pre, at the cost of a second encoder product."""
-    sigma, pre = TopKSelection(k), encoding.pre
+def _ranking(dictionary: SparseDictionary, encoding: Encoding, inputs: Tensor, k: int) -> Latents:
+    """At least the k largest of each row; where the encoding kept neither them nor pre, at the cost of a second encoder product."""
+    sigma, pre, latents = TopKSelection(k), encoding.pre, encoding.latents
+    if isinstance(latents, Ranked) and len(latents.ranking.values) >= k * latents.n:
+        return latents.ranking
     selected = sigma.select(inputs, dictionary) if pre is None else None
     if selected is not None:
         return selected
@@ -131,8 +173,12 @@ def _ranked(dictionary: SparseDictionary, encoding: Encoding, inputs: Tensor, k:
 
 def _cut(latents: Latents, k: int) -> Latents:
     """The k largest of each row of latents with the same number in each."""
-    values, indices = latents.values.view(latents.n, -1), latents.layout[0].view(latents.n, -1)
+    n, n_latents = latents.n, latents.n_latents
+    values, indices = latents.values.view(n, -1), latents.layout[0].view(n, -1)
     if k == values.shape[1]:
         return latents
     values, places = values.topk(k, dim=1, sorted=False)
-    return Latents.rows_of(values, indices.gather(1, places), latents.n_latents)
+    cut = Latents.rows_of(values, indices.gather(1, places), n_latents)
+    if latents.bags is not None:
+        cut.bags = Bags(*cut.layout, n_latents)
+    return cut

@@ -29,6 +29,7 @@ class _Pursuit(Nonlinearity):
 
     homogeneous = True
     masks_only = False
+    explains_rows = True
 
     def __init__(self, k: int):
         super().__init__()
@@ -174,6 +175,7 @@ def with_pursuit(dictionary: SparseDictionary, k: int, orthogonal: bool = True) 
     copy = deepcopy(dictionary)
     copy.W_enc.copy_(copy.W_dec)
     copy.b_enc.copy_(torch.zeros_like(copy.b_enc) if copy.subtract_b_dec else -copy.W_dec @ copy.b_dec)
+    copy.input_scale = copy.target_scale  # atoms live where the decoder writes
     copy.nonlinearity = OMP(k) if orthogonal else MatchingPursuit(k)
     return copy.train(dictionary.training)
 
