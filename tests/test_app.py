@@ -210,7 +210,7 @@ def test_no_dead_latents_says_so_and_disables_the_button(explorer):
 def test_anchor_form_holds_true_features(explorer):
     frame = shown(explorer, "Intervene")
     explorer.desk.select(features=(3,))
-    frame.open_form("anchor")
+    frame.call("anchor")
     form = part(frame, "AnchorForm")
     assert form.which.value == [explorer.desk.anchor_sources()["true features"][3]]
     press(form._preview)

@@ -12,12 +12,13 @@ import numpy as np
 import panel as pn
 from panel.io.callbacks import PeriodicCallback
 
+from sdl_explorer.app.actions import ACTIONS, command
 from sdl_explorer.app.facts import failure
 from sdl_explorer.app.findings import in_worker
 from sdl_explorer.app.reader import Reader
 from sdl_explorer.diagnosis.alignment import align
 from sdl_explorer.diagnosis.health import check_health
-from sdl_explorer.state import ExplorerState, keep, matched_feature, matched_latent, worst_pair
+from sdl_explorer.state import ExplorerState, keep, matched_feature, matched_latent, strictest, worst_pair
 from sdl_explorer.training.interventions import Intervention
 
 log = logging.getLogger(__name__)
@@ -28,6 +29,8 @@ IDLE = 10  # looks between two checks whether another process has written
 
 class Desk(Reader):
     """Everything on screen is a copy taken at a poll; nothing pushes. Widgets call it `host`."""
+
+    actions = tuple(ACTIONS)  # what is a button in fixed words
 
     def __init__(self, session, state: ExplorerState | None = None):
         super().__init__(session, state)
@@ -139,6 +142,17 @@ class Desk(Reader):
         self.message, self.tone = message, tone
         self.poll()
 
+    async def act(self, action: str) -> None:
+        """Carry out an [action] of fixed words."""
+        do = command(action)
+        if do is not None:
+            await do(self)
+
+    def call(self, form: str) -> None:
+        """Bring the form of an intervention into view, with what is selected in it; nothing is planned or applied."""
+        for display in self._displays:
+            display.call(form)
+
     async def preview(self, make: Callable[[], Intervention]) -> None:
         """Plan an intervention that `make` builds from the form; nothing changes."""
 
@@ -233,3 +247,10 @@ class Desk(Reader):
 
     def clear_filters(self) -> None:
         self.filter()
+
+    def relax(self) -> None:
+        """Drop the filter that removes most latents."""
+        filters, table = self.state.filters, self.cached_table()
+        if filters and table is not None:
+            worst, _ = strictest(filters, table)
+            self.filter(*(one for one in filters if one != worst))

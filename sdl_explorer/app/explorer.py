@@ -206,3 +206,6 @@ class _Alone:
 
     def refresh(self) -> None:
         self.page.refresh()
+
+    def call(self, form: str) -> None:
+        self.page.call(form)

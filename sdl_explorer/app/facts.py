@@ -107,7 +107,10 @@ def describe_model(session) -> str:
     return "\n".join(lines)
 
 
+OURS = (ValueError, TypeError, OSError, ArithmeticError, RuntimeError, ImportError)  # errors that our own sentences come as
+
+
 def failure(error: Exception) -> str:
     """An error as a sentence. A message that we wrote stands alone; another one keeps its type."""
     text = str(error) or type(error).__name__
-    return text if isinstance(error, (ValueError, TypeError, OSError, ArithmeticError, RuntimeError)) else f"{type(error).__name__}: {text}"
+    return text if isinstance(error, OURS) else f"{type(error).__name__}: {text}"

@@ -1,10 +1,14 @@
 """The pages: a question each, and the cards that answer it."""
 
+from sdl_explorer.registry import members
+from sdl_explorer.training.interventions import Intervention
 from sdl_explorer.views.view import find_view, views
 from sdl_explorer.widgets.card import Card
-from sdl_explorer.widgets.intervene import AnchorForm, ControlForm, Pinned, Preview, ResampleForm
+from sdl_explorer.widgets.control import ControlForm
+from sdl_explorer.widgets.intervene import OWN, form_of
 from sdl_explorer.widgets.log import Log
 from sdl_explorer.widgets.page import Page
+from sdl_explorer.widgets.preview import Held, Preview
 from sdl_explorer.widgets.tiles import Tiles
 
 QUESTIONS = {
@@ -29,8 +33,11 @@ def _alignment(host):
 
 
 def _intervene(host):
+    kinds = {name: kind for name, kind in members(Intervention).items() if kind is not Held.makes}
+    ours = [name for name in OWN if name in kinds]
+    forms = [form_of(host, kinds[name]) for name in dict.fromkeys([*ours, *kinds])]
     preview = Preview(host, Card(host, find_view("R3")))
-    return [ResampleForm(host), AnchorForm(host), preview, Pinned(host), *cards(host, "intervene", leave_out=("R3",))]
+    return [*forms, preview, Held(host), *cards(host, "intervene", leave_out=("R3",))]
 
 
 def _compare(host):

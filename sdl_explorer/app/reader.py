@@ -43,7 +43,8 @@ class Reader:
         self.plan_step = 0
         self._table: tuple = (None, None)
         self._held: tuple[str, Pins | None] = ("", None)
-        self._anchor_rows: dict[str, Anchors] | None = None
+        self._pulled: tuple[str, dict[int, float]] = ("", {})
+        self._anchor_rows: tuple[Anchors | None, dict[str, Anchors]] | None = None
         self._shown_examples: tuple = (None, "")
         self._judged: Activations | None = None
         self.state.param.update(n_latents=session.n_latents, n_features=self.sample.truth.n_features if self.has_truth else None)
@@ -78,6 +79,14 @@ class Reader:
         """Pinned latents and the names of what holds them."""
         pins = self.pins()
         return {} if pins is None else dict(zip(pins.latents.tolist(), pins.anchors.names, strict=True))
+
+    def pulled(self) -> dict[int, float]:
+        """Latents whose encoder row is pulled to a measured direction, and how strongly."""
+        head = self.session.head.id
+        if self._pulled[0] != head:
+            pulls = self.session.pulls
+            self._pulled = (head, {} if pulls is None else dict(zip(pulls.latents.tolist(), pulls.weight.tolist(), strict=True)))
+        return self._pulled[1]
 
     def last_intervention(self) -> Commit | None:
         """The newest intervention on the way to the checked-out commit."""
@@ -272,15 +281,14 @@ class Reader:
         return self._anchors()[source].take(places)
 
     def _anchors(self) -> dict[str, Anchors]:
-        if self._anchor_rows is None:
-            self._anchor_rows = {}
-            if self.has_truth:
-                self._anchor_rows[TRUE] = Anchors.from_truth(self.sample)
-            if self.session.anchors is not None:
-                self._anchor_rows[GIVEN] = self.session.anchors
-            if self.sample.labels is not None:
-                self._anchor_rows[CLASS] = Anchors.from_labels(self.judge_rows())
-        return self._anchor_rows
+        """Made once, and again where a cell has given the session other anchors."""
+        given = self.session.anchors
+        if self._anchor_rows is None or self._anchor_rows[0] is not given:
+            rows = {TRUE: Anchors.from_truth(self.sample)} if self.has_truth else {}
+            rows |= {} if given is None else {GIVEN: given}
+            rows |= {} if self.sample.labels is None else {CLASS: Anchors.from_labels(self.judge_rows())}
+            self._anchor_rows = (given, rows)
+        return self._anchor_rows[1]
 
 
 def _paragraph(text: str) -> str:

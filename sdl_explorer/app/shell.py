@@ -11,7 +11,7 @@ from sdl_explorer.views.words import NO_TRUTH
 from sdl_explorer.widgets.arrival import Arrival
 from sdl_explorer.widgets.filters import FilterChips
 from sdl_explorer.widgets.inspector import Inspector
-from sdl_explorer.widgets.kit import Keys, PageTabs, Text, button, row, served, stack
+from sdl_explorer.widgets.kit import Keys, PageTabs, Text, Words, button, row, served, stack
 from sdl_explorer.widgets.run_bar import RunBar
 from sdl_explorer.widgets.settings import Settings
 from sdl_explorer.widgets.timeline import Timeline
@@ -37,7 +37,7 @@ class Frame(pn.viewable.Viewer):
         self.pages = {title: pages.make(host, title) for title in PAGES}
         self.tabs = PageTabs(value=host.state.page, options=list(PAGES), sizing_mode="stretch_width", css_classes=["sdlx-tabs"])
         self.tabs.param.watch(lambda event: self._turn(event.new), "value")
-        self.banner = Text(NO_TRUTH, tone="warning", visible=False, css_classes=["sdlx-banner"])
+        self.banner = Words(host, NO_TRUTH, tone="warning", visible=False, css_classes=["sdlx-banner"])
         self.message = Text("", role="status", tone="warning", visible=False, css_classes=["sdlx-message"])
         self.help = Text(HELP, tone="quiet", visible=False, css_classes=["sdlx-help-text"])
         self.live = Text("", tone="badge", **NAMES, css_classes=["sdlx-live"])
@@ -175,15 +175,14 @@ class Frame(pn.viewable.Viewer):
             state.twins = () if state.twins else tuple(card.view.id for card in self.shown.cards)
             host.poll()
         elif key in ("A", "R"):
-            self.open_form("anchor" if key == "A" else "resample")
+            self.call("anchor" if key == "A" else "resample")
         elif key in ("Space", "step", "run"):
             pn.state.execute(getattr(self.run_bar, {"Space": "toggle", "step": "step_once", "run": "train_on"}[key]))
 
-    def open_form(self, which: str) -> None:
+    def call(self, form: str) -> None:
         """A and R: the form with the selection in it; nothing is planned or applied."""
         self._turn("Intervene")
-        form = next(part for part in self.shown.parts if getattr(part, "form", "") == which)
-        form.take_selection()
+        self.shown.call(form)
 
     def _escape(self) -> None:
         if self.help.visible:

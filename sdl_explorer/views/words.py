@@ -5,7 +5,7 @@ from typing import SupportsFloat, SupportsInt
 
 NO_TRUTH = "No ground truth: recovery cannot be computed. Add anchors or class means →"
 NO_SELECTION = "Select a latent: click a point, or press / to search. [Worst] [Random]"
-NO_COMMITS = "No intervention yet. Train, then change something on page 5; the comparison appears here."
+NO_COMMITS = "No intervention yet. Train, then change something on the Intervene page; the comparison appears here."
 NO_ANCHORS = "No anchors. Select a true feature, a class mean or a vector, then [Anchor]."
 NEVER_TRAINED = "Nothing trained yet. [▸▸ Train 500 steps]"
 NO_LOG = "Nothing has happened yet. Press ▸▸ to train 500 steps."

@@ -10,7 +10,7 @@ import panel as pn
 from sdl_explorer.views.look import Look
 from sdl_explorer.views.view import View
 from sdl_explorer.views.words import count, not_finite
-from sdl_explorer.widgets.kit import CardMenu, Text, row, sheet, stack
+from sdl_explorer.widgets.kit import CardMenu, Text, Words, row, sheet, stack
 from sdl_explorer.widgets.selection import PlotLink
 from sdl_explorer.widgets.table_twin import TableTwin
 
@@ -43,9 +43,9 @@ class Card(pn.viewable.Viewer):
         super().__init__()
         self.host, self.view = host, view
         self._drawn = self._element = self._kept = self._made = self._frame = None
-        self.reading = Text("", role="status", css_classes=["sdlx-reading"])
+        self.reading = Words(host, "", role="status", css_classes=["sdlx-reading"])
         self.stamp = Text("Waiting for the first numbers.", tone="quiet", css_classes=["sdlx-stamp"])
-        self.words = Text("", visible=False, css_classes=["sdlx-words"])
+        self.words = Words(host, "", visible=False, css_classes=["sdlx-words"])
         self.about = Text("", tone="quiet", visible=False)
         self.menu = CardMenu(self._act, label=view.question)
         self._link = PlotLink(host)

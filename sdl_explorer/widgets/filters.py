@@ -4,14 +4,14 @@ import panel as pn
 
 from sdl_explorer.state import keep, strictest
 from sdl_explorer.views.words import count
-from sdl_explorer.widgets.kit import Text, button, stack
+from sdl_explorer.widgets.kit import Words, button, stack
 
 
 class FilterChips(pn.viewable.Viewer):
     def __init__(self, host):
         super().__init__()
         self.host, self._drawn = host, None
-        self.said = Text("", role="status", css_classes=["sdlx-filter-said"])
+        self.said = Words(host, "", role="status", css_classes=["sdlx-filter-said"])
         self._chips = pn.Row(margin=0, styles={"flex-wrap": "wrap"})  # in a notebook a FlexBox takes later stylesheets from the internet
         self._view = stack(self._chips, self.said, visible=False, css_classes=["sdlx-filters"])
 

@@ -6,7 +6,7 @@ import panel_material_ui as pmui
 from sdl_explorer.diagnosis.alignment import align
 from sdl_explorer.diagnosis.health import check_health
 from sdl_explorer.views.words import NO_SELECTION, count
-from sdl_explorer.widgets.kit import Html, Text, button, stack
+from sdl_explorer.widgets.kit import Html, Text, Words, button, stack
 
 
 class Inspector(pn.viewable.Viewer):
@@ -19,7 +19,7 @@ class Inspector(pn.viewable.Viewer):
         self.title = Text("Inspector", tag="h2", css_classes=["sdlx-inspector-title"])
         self.search = pmui.TextInput(label="Latent", placeholder="id", width=110, size="small", css_classes=["sdlx-search"])
         self.search.param.watch(self._search, "value")
-        self.facts = Text("", role="status", css_classes=["sdlx-facts"])
+        self.facts = Words(host, "", role="status", css_classes=["sdlx-facts"])
         self.feature = Text("", css_classes=["sdlx-feature"])
         self.examples_title = Text("What it fires on", tag="h3", visible=False)
         self.examples = Html("", css_classes=["sdlx-examples"])

@@ -1,5 +1,6 @@
 """Small parts of our own. Text reaches the page as text, never as markup, so no string from data can run."""
 
+import functools
 from pathlib import Path
 
 import panel as pn
@@ -67,12 +68,14 @@ def button(label: str, name: str, click, **more) -> pmui.Button:
 
 
 class Text(JSComponent):
-    """One piece of live text. `role="status"` has it read aloud when it changes."""
+    """One piece of live text. `role="status"` has it read aloud when it changes. `call()` brings it into view."""
 
     text = param.String(default="", doc="What it says; shown as it is, without markup.")
     tag = param.Selector(default="div", objects=["div", "h1", "h2", "h3", "p", "span"], doc="The element it is.")
     role = param.String(default="", doc="ARIA role, for instance 'status' or 'alert'; empty for none.")
     tone = param.Selector(default="normal", objects=["normal", "quiet", "number", "warning", "badge"], doc="How it looks.")
+    actions = param.List(default=[], item_type=str, doc="Expressions; what they match in the text is a button.")
+    called = param.Boolean(default=False, doc="It is to come into view; the browser takes it back.")
 
     _esm = ESM / "text.js"
     _stylesheets = [
@@ -86,11 +89,61 @@ class Text(JSComponent):
           border: 1px solid currentColor; border-radius: 12px }
         h1.sdlx-line { font-size: 21px; font-weight: 600 }
         h2.sdlx-line { font-size: 16px; font-weight: 600 } h3.sdlx-line { font-size: 14px; font-weight: 600 }
+        .sdlx-line:focus { outline: none }
         """
     ]
 
     def __init__(self, text="", **params):
         super().__init__(**{"text": text, "sizing_mode": "stretch_width", "margin": (2, 10), **params})
+
+    def call(self) -> None:
+        """Scroll to it and put the focus there; the next Tab goes on from it."""
+        self.called = True
+
+
+class Words(Text):
+    """Fixed words whose [actions] are buttons: the host carries them out."""
+
+    _stylesheets = [*Text._stylesheets, BUTTONS]
+
+    def __init__(self, host, text="", **params):
+        super().__init__(text, actions=list(host.actions), **params)
+        self._host = host
+
+    def _handle_msg(self, msg):
+        action = msg.get("act") if isinstance(msg, dict) else None
+        if isinstance(action, str):
+            pn.state.execute(functools.partial(self._host.act, action))
+
+
+class Fold(pn.viewable.Viewer):
+    """Parts under a heading that opens and closes them; closed at first."""
+
+    def __init__(self, label: str, *parts, name: str):
+        super().__init__()
+        self.heading = Disclosure(label=label, css_classes=[f"sdlx-fold-{name}"])
+        self.body = stack(*parts, visible=False)
+        self.heading.param.watch(lambda event: setattr(self.body, "visible", event.new), "open")
+        self._view = stack(self.heading, self.body)
+
+    def __panel__(self):
+        return self._view
+
+
+class Disclosure(JSComponent):
+    """The heading of a fold: a button that says whether it is open."""
+
+    label = param.String(default="", doc="What it opens.")
+    open = param.Boolean(default=False, doc="It is open.")
+
+    _esm = ESM / "disclosure.js"
+    _stylesheets = [
+        BUTTONS
+        + "h3 { margin: 0 } button { border-color: transparent; padding: 2px 4px; font-size: 14px; font-weight: 600; text-align: left }"
+    ]
+
+    def __init__(self, **params):
+        super().__init__(**{"sizing_mode": "stretch_width", "margin": (4, 6), **params})
 
 
 class Html(JSComponent):

@@ -44,6 +44,15 @@ class Page(pn.viewable.Viewer):
         for part in (self.parts or ())[: self._here]:
             part.refresh()
 
+    def call(self, form: str) -> bool:
+        """Bring the form of an intervention into view, with what is selected in it; False where there is none."""
+        for part in (self.parts or ())[: self._here]:
+            if hasattr(part, "intervention") and part.makes.__name__.lower() == form:
+                part.take_selection()
+                part.title.call()
+                return True
+        return False
+
     @property
     def cards(self) -> list:
         """Parts that draw a view."""

@@ -6,7 +6,7 @@ import panel as pn
 import panel_material_ui as pmui
 
 from sdl_explorer.views.words import NEVER_TRAINED, count
-from sdl_explorer.widgets.kit import Text, button, row, stack
+from sdl_explorer.widgets.kit import Text, Words, button, row, stack
 
 CHOICES = (1, 50, 500, 2_000, 5_000)
 ENDLESS = 1_000_000
@@ -52,7 +52,7 @@ class RunBar(pn.viewable.Viewer):
         )
         self.count.param.watch(lambda event: setattr(self.train, "label", self._train_label()), "value")
         self.status = Text("", tone="number", css_classes=["sdlx-status"])
-        self.alert = Text("", role="alert", tone="warning", visible=False, css_classes=["sdlx-alert"])
+        self.alert = Words(host, "", role="alert", tone="warning", visible=False, css_classes=["sdlx-alert"])
         self.repair = button("Revert", "alert-revert", self._revert, visible=False)
         self.lower = button("lr ÷ 10", "alert-lr", self._lower, visible=False)
         self.go_on = button("Continue anyway", "alert-continue", self.train_on, visible=False)

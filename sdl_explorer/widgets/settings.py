@@ -1,20 +1,27 @@
 """The left rail: what the data and the model are, and settings of the next step."""
 
+import importlib.util
+
 import panel as pn
-import panel_material_ui as pmui
-import param
 
-from sdl_explorer.widgets.kit import Text, button, stack
+from sdl_explorer.widgets.fields import MAIN, field, offered, said
+from sdl_explorer.widgets.kit import Fold, Text, button, stack
 from sdl_explorer.widgets.new_run import NewRun
+from sdl_explorer.widgets.ramps import Ramps
 
-NUMBERS = (param.Number, param.Integer)
-TRAIN = ("lr", "batch_size", "warmup_steps")
+TRAIN = ("lr", "batch_size", "warmup_steps", "dead_after")  # of the session, always in view
+OPTIMISER = ("optimiser", "clip_norm", "decay_steps", "decay")
+LABELS = {"dead_after": "dead after (samples)", "decay_steps": "decay steps (empty: constant rate)", "clip_norm": "clip norm"}
+OPTIMISERS = {"adam": "Adam", "signsgd": "schedule-free sign descent"}
+WITHOUT = "Schedule-free sign descent needs the package schedulefree, which is not here: pip install 'sdl-explorer[optim]'."
+WIDTH = 220
 
 
 class Settings(pn.viewable.Viewer):
     """Edits wait here until *Apply from here* writes a commit; nothing changes a live model silently.
 
-    A setting that a cell changes shows up here at the next poll, unless its field holds an edit of its own.
+    A setting that a cell changes shows up here at the next poll, unless its field holds an edit of its own. A change that is
+    refused leaves every setting as it was.
     """
 
     def __init__(self, host):
@@ -24,8 +31,9 @@ class Settings(pn.viewable.Viewer):
         self.data, self.model = Text("", tone="quiet", css_classes=["sdlx-data"]), Text("", tone="quiet", css_classes=["sdlx-model"])
         self._fields: dict[tuple[str, str], tuple] = {}
         self._column = stack()
+        self.method, self.optimiser = Fold("More of the method", name="method"), Fold("Optimiser", name="optimiser")
         self.apply = button("Apply from here", "apply-settings", self._apply, disabled=True, variant="contained", margin=(6, 10))
-        self.waiting, self.new_run = Text("", tone="quiet"), NewRun(host)
+        self.waiting, self.new_run = Text("", tone="quiet", role="status", css_classes=["sdlx-waiting"]), NewRun(host)
         self._view = stack(
             Text("Data", tag="h2"),
             self.data,
@@ -33,6 +41,8 @@ class Settings(pn.viewable.Viewer):
             self.model,
             Text("Train", tag="h2"),
             self._column,
+            self.method,
+            self.optimiser,
             self.apply,
             self.waiting,
             self.new_run,
@@ -47,58 +57,73 @@ class Settings(pn.viewable.Viewer):
         if self._session is not self.host.session:
             self._build()
         for widget, owner, name, seen in self._fields.values():
-            value = getattr(owner, name)
+            value = _plain(getattr(owner, name))
             if value != seen[0]:  # changed elsewhere, for instance in a cell
                 seen[0] = value
                 widget.value = value
+        self.new_run.refresh()
         self._mark()
 
     def _build(self) -> None:
         session = self._session = self.host.session
         self.data.text, self.model.text = self.host.describe_data(), self.host.describe_model()
-        owners = [(session, name) for name in TRAIN] + [
-            (session.method, name)
-            for name, p in session.method.param.objects("existing").items()
-            if isinstance(p, NUMBERS) and not p.constant
-        ]
         self._fields.clear()
-        for owner, name in owners:
-            widget = _field(owner, name)
-            widget.param.watch(lambda event: self._mark(), "value")
-            self._fields[type(owner).__name__, name] = (widget, owner, name, [getattr(owner, name)])
-        self._column.objects = [widget for widget, *_ in self._fields.values()]
+        own = offered(session.method)
+        main = [name for name in own if name in MAIN]
+        self._column.objects = [
+            *(self._add(session, name) for name in TRAIN),
+            *(self._add(session.method, name) for name in main),
+        ]
+        self.method.body.objects = [self._add(session.method, name) for name in own if name not in MAIN]
+        free = importlib.util.find_spec("schedulefree") is not None
+        choices = {word: name for name, word in OPTIMISERS.items() if name == "adam" or free}
+        about = () if free else (Text(WITHOUT, tone="quiet", css_classes=["sdlx-without"]),)
+        first, *others = OPTIMISER
+        self.optimiser.body.objects = [
+            self._add(session, first, choices),
+            *about,
+            *(self._add(session, name) for name in others),
+            self._watch(session, "ramps", Ramps(session.method, _plain(session.ramps))),
+        ]
 
-    def _edits(self) -> dict:
-        return {key: (owner, name, widget.value) for key, (widget, owner, name, seen) in self._fields.items() if widget.value != seen[0]}
+    def _add(self, owner, name: str, choices: dict | None = None):
+        return self._watch(owner, name, field(owner, name, LABELS.get(name, ""), choices=choices, width=WIDTH))
+
+    def _watch(self, owner, name: str, widget):
+        widget.param.watch(lambda event: self._mark(), "value")
+        self._fields[type(owner).__name__, name] = (widget, owner, name, [_plain(getattr(owner, name))])
+        return widget
+
+    def _edits(self) -> list:
+        return [(owner, name, widget.value) for widget, owner, name, seen in self._fields.values() if widget.value != seen[0]]
 
     def _mark(self) -> None:
         edits = self._edits()
         self.apply.disabled = not edits or not self.host.session.writable
-        self.waiting.text = f"Waiting: {_said(edits.values())}" if edits else ""
+        self.waiting.text = f"Waiting: {_all_said(edits)}" if edits else ""
 
     async def _apply(self, event) -> None:
-        edits = list(self._edits().values())
+        edits = self._edits()
 
         def apply(session):
-            for owner, name, value in edits:
-                setattr(owner, name, value)
-            return session.commit()
+            former = [(owner, name, getattr(owner, name)) for owner, name, _ in edits]
+            try:
+                for owner, name, value in edits:
+                    setattr(owner, name, value)
+                return session.commit()
+            except Exception:
+                for owner, name, value in former:
+                    setattr(owner, name, value)
+                raise
 
-        await self.host.do(apply, self.host.session, said=f"Settings take effect from here: {_said(edits)}")
+        await self.host.do(apply, self.host.session, said=f"Settings take effect from here: {_all_said(edits)}")
 
 
-def _said(edits) -> str:
+def _all_said(edits) -> str:
     """'lr = 0.01, l0 target = none'"""
-    return ", ".join(f"{name.replace('_', ' ')} = {'none' if value is None else f'{value:g}'}" for _, name, value in edits)
+    return ", ".join(said(name, value) for _, name, value in edits)
 
 
-def _field(owner, name: str):
-    """A number field with the parameter's own bounds and doc."""
-    parameter = owner.param[name]
-    low, high = parameter.bounds or (None, None)
-    kind = pmui.IntInput if isinstance(parameter, param.Integer) else pmui.FloatInput
-    step = 1 if kind is pmui.IntInput else max(abs(getattr(owner, name) or 0) / 10, 1e-6)
-    return kind(
-        label=name.replace("_", " "), value=getattr(owner, name), start=low, end=high, step=step, description=parameter.doc or None,
-        width=220, size="small", margin=(5, 10), css_classes=[f"sdlx-set-{name.replace('_', '-')}"],
-    )  # fmt: skip
+def _plain(value):
+    """Ramps as a field holds them, whether a cell gave tuples or a file lists."""
+    return {name: list(pair) for name, pair in value.items()} if isinstance(value, dict) else value

@@ -36,3 +36,8 @@ def test_a_dark_system_gets_a_dark_page_and_keys_are_heard(open_page, served: st
     page.keyboard.type("5")
     page.keyboard.press("Enter")
     expect(page.locator(".sdlx-inspector-title")).to_have_text("Latent 5", timeout=SLOW)
+
+    page.keyboard.press("Tab")  # out of the search field
+    page.keyboard.press("A")  # the form comes into view, and the next Tab goes on from it
+    expect(page.get_by_role("tab", name="Intervene")).to_have_attribute("aria-selected", "true", timeout=SLOW)
+    expect(page.get_by_role("heading", name="Anchor", exact=True)).to_be_focused(timeout=SLOW)

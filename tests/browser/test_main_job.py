@@ -116,6 +116,26 @@ def test_main_job(page: Page, served: str):
     part(page, "apply").get_by_role("button").click()
     expect(part(page, "card-N1").locator("canvas").first).to_be_visible(timeout=SLOW)
 
+    # realign: the preview says what it sets, the timeline marks it, and what is pulled can be let go
+    part(page, "realign-preview").get_by_role("button").click()
+    expect(part(page, "card-R3").locator(".sdlx-reading")).to_contain_text("because this sets it: that is no evidence", timeout=SLOW)
+    part(page, "apply").get_by_role("button").click()
+    expect(part(page, "timeline").locator("button.realign")).to_have_count(1, timeout=SLOW)
+    expect(part(page, "held-said")).to_contain_text("pulled to measured directions, with weight 0.1", timeout=SLOW)
+
+    # a setting of the optimiser: folded at first, and refused with a reason
+    fold = part(page, "fold-optimiser").get_by_role("button")
+    expect(fold).to_have_attribute("aria-expanded", "false")
+    fold.focus()
+    page.keyboard.press("Enter")
+    clip = part(page, "set-clip-norm").locator("input")
+    for value, said in (("-1", "clip_norm"), ("2", "Settings take effect from here: clip norm = 2")):
+        clip.fill(value)
+        clip.press("Enter")
+        part(page, "apply-settings").get_by_role("button").click()
+        expect(part(page, "message")).to_contain_text(said, timeout=SLOW)
+    expect(part(page, "timeline").locator("button.settings")).to_have_count(1, timeout=SLOW)
+
     # revert to the commit before the resample: nothing is deleted
     commits = part(page, "timeline").get_by_role("button").count()
     part(page, "timeline").get_by_role("button").first.click()

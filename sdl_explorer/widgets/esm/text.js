@@ -11,12 +11,35 @@ if (PlotView && !PlotView.prototype.sdlx_patient) {
 
 export function render({ model, el }) {
   const node = document.createElement(model.tag)
+  let drawn = null
+  const button = (words) => {
+    const one = document.createElement("button")
+    one.type = "button"
+    one.textContent = words.replace(/^\[|\]$/g, "")
+    one.addEventListener("click", () => model.send_msg({ act: one.textContent }))
+    return one
+  }
+  // What an action matches is a button; the rest is text, never markup.
+  const parts = () => {
+    if (!model.actions.length) { return [model.text] }
+    const action = new RegExp(`(${model.actions.join("|")})`)
+    return model.text.split(action).map((part, i) => i % 2 ? button(part) : part)
+  }
   const draw = () => {
     node.className = `sdlx-line ${model.tone}`
     if (model.role) { node.setAttribute("role", model.role) } else { node.removeAttribute("role") }
-    if (node.textContent !== model.text) { node.textContent = model.text }
+    if (drawn !== model.text) { drawn = model.text; node.replaceChildren(...parts()) }
+  }
+  const come = () => {
+    if (!model.called) { return }
+    node.tabIndex = -1
+    node.focus({ preventScroll: true })
+    node.scrollIntoView({ block: "nearest" })
+    model.called = false
   }
   for (const name of ["text", "tone", "role"]) { model.on(name, draw) }
+  model.on("called", come)
   draw()
   el.append(node)
+  requestAnimationFrame(come)
 }
