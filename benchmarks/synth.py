@@ -2,12 +2,14 @@
 
     python benchmarks/synth.py                                      the scaled protocol: 1,024 features in 128 dimensions, three seeds
     python benchmarks/synth.py --seeds 0 --steps 300 --k 4 6        a short look
+    python benchmarks/synth.py --lr 3e-4 1e-3 3e-3                  each method of each library at its best rate
     python benchmarks/synth.py --size full --device cuda            SynthSAEBench-16k-v2 as published, ours alone (--peer adds theirs)
 
 Both libraries train on the same rows in the same order: at the scaled size from one recorded file a seed, at the full size from the
 same generator. sae-lens runs in an environment of its own (`make oracle` makes it). Every dictionary is then scored by one function on
 the same judge rows, as it is used at inference, and compared at matched L0: each curve over k is read off there by linear
-interpolation. Cells are kept under runs/synth and are not trained again; tables go to benchmarks/results/synth.
+interpolation. Of several learning rates, a method is compared at the one where its mean of F1 + MCC over k and seeds is largest.
+Cells are kept under runs/synth and are not trained again; tables go to benchmarks/results/synth.
 """
 
 import argparse
@@ -43,7 +45,7 @@ class Protocol:
     size: str
     n_latents: int
     steps: int
-    lr: float
+    lr: tuple[float, ...]
     k: tuple[int, ...]
     seeds: tuple[int, ...]
     judge_rows: int
@@ -55,12 +57,12 @@ class Protocol:
         return SynthBench.full(device=device) if self.size == "full" else SynthBench(device=device)
 
 
-SCALED = Protocol("scaled", n_latents=256, steps=3_000, lr=1e-3, k=(3, 4, 6, 8), seeds=(0, 1, 2), judge_rows=50_000, record=True)
+SCALED = Protocol("scaled", n_latents=256, steps=3_000, lr=(1e-3,), k=(3, 4, 6, 8), seeds=(0, 1, 2), judge_rows=50_000, record=True)
 FULL = Protocol(
     "full",
     n_latents=4096,
     steps=195_312,
-    lr=3e-4,
+    lr=(3e-4,),
     k=(20, 25),
     seeds=(0, 1, 2, 3, 4),
     judge_rows=500_000,
@@ -75,7 +77,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+")
     parser.add_argument("--steps", type=int, help="steps of 1,024 rows")
     parser.add_argument("--k", type=int, nargs="+")
-    parser.add_argument("--lr", type=float, help="of both libraries")
+    parser.add_argument("--lr", type=float, nargs="+", help="of both libraries; of several, each method is compared at its best")
     parser.add_argument("--judge-rows", type=int, help="rows that dictionaries are scored on")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--peer", action=argparse.BooleanOptionalAction, help="train sae-lens too (default: at the scaled size)")
@@ -90,7 +92,7 @@ def main() -> None:
     protocol = replace(base, **{name: tuple(v) if isinstance(v, list) else v for name, v in asked.items() if v is not None})
     peer = given.size == "scaled" if given.peer is None else given.peer
     bench = protocol.bench(given.device)
-    cells = run(protocol, bench, peer, given.runs / f"{protocol.size}-{protocol.steps}-{protocol.lr:g}")
+    cells = run(protocol, bench, peer, given.runs / f"{protocol.size}-{protocol.steps}")
     report(protocol, bench, cells, given.out)
 
 
@@ -105,12 +107,14 @@ def run(protocol: Protocol, bench: SynthBench, peer: bool, folder: Path) -> list
     methods = {OURS: sorted({ours for ours, _ in PAIRS}), THEIRS: sorted({theirs for _, theirs in PAIRS}) if peer else []}
     cells = []
     for seed in protocol.seeds:
-        wanted = [(library, method, k, seed) for library in methods for method in methods[library] for k in protocol.k]
+        wanted = [
+            (library, method, k, lr, seed) for library in methods for method in methods[library] for k in protocol.k for lr in protocol.lr
+        ]
         missing = [cell for cell in wanted if not record_of(folder, cell).is_file()]
         rows = recorded(protocol, bench, seed, folder) if protocol.record and missing else None
         theirs = [cell for cell in missing if cell[0] == THEIRS]
         if theirs:
-            jobs = [{"method": m, "k": k, "out": str(folder / name_of(cell))} for cell in theirs for _, m, k, _ in [cell]]
+            jobs = [{"method": m, "k": k, "lr": lr, "out": str(folder / name_of(cell))} for cell in theirs for _, m, k, lr, _ in [cell]]
             plan = {"protocol": asdict(protocol), "seed": seed, "device": device, "rows": str(rows) if rows else None, "jobs": jobs}
             (folder / "theirs.json").write_text(json.dumps(plan | {"model": str(folder / "model")}))
             python = ORACLE / ("Scripts" if sys.platform == "win32" else "bin") / "python"
@@ -120,16 +124,17 @@ def run(protocol: Protocol, bench: SynthBench, peer: bool, folder: Path) -> list
                 )
             subprocess.run([python, __file__, "--train-theirs", folder / "theirs.json"], check=True)
         for cell in missing:
-            library, method, k, seed = cell
+            library, method, k, lr, seed = cell
             if library == OURS:
-                dictionary, seconds = train_ours(protocol, method, k, seed, bench, rows, device)
+                dictionary, seconds = train_ours(protocol, method, k, lr, seed, bench, rows, device)
             else:
                 dictionary, seconds = read_theirs(folder / name_of(cell))
             found = score(dictionary.to(device), bench, protocol.judge_rows)
-            found = {"library": library, "method": method, "k": k, "seed": seed, **found, "seconds": round(seconds, 1)}
+            found = {"library": library, "method": method, "k": k, "lr": lr, "seed": seed, **found, "seconds": round(seconds, 1)}
             record_of(folder, cell).write_text(json.dumps(found))
             print(
-                f"{library:12} {method:12} k={k:<3} seed={seed}  " + "  ".join(f"{m} {found[m]:.3f}" for m in ("l0", "f1", "mcc")),
+                f"{library:12} {method:12} k={k:<3} lr={lr:<6g} seed={seed}  "
+                + "  ".join(f"{m} {found[m]:.3f}" for m in ("l0", "f1", "mcc")),
                 flush=True,
             )
         cells += [json.loads(record_of(folder, cell).read_text()) for cell in wanted]
@@ -170,7 +175,7 @@ class Rows:
         return Activations(inputs, inputs)
 
 
-def train_ours(protocol: Protocol, method: str, k: int, seed: int, bench: SynthBench, path: Path | None, device: str):
+def train_ours(protocol: Protocol, method: str, k: int, lr: float, seed: int, bench: SynthBench, path: Path | None, device: str):
     """The dictionary in eval mode, and the seconds of its training."""
     from sdl_explorer.models import methods
     from sdl_explorer.training.loop import train
@@ -179,7 +184,7 @@ def train_ours(protocol: Protocol, method: str, k: int, seed: int, bench: SynthB
     settings = {"k": k} | ({"prefixes": list(SHARES)} if method == "Matryoshka" else {})
     recipe = getattr(methods, method)(**settings)
     dictionary = recipe.build(bench.width_in, bench.width_out, protocol.n_latents, stream(seed, "weights")).to(device)
-    schedule = Schedule(protocol.lr, decay_steps=protocol.steps)
+    schedule = Schedule(lr, decay_steps=protocol.steps)
     state = TrainState.start(dictionary, schedule, seed, protocol.dead_after)
     began = time.perf_counter()
     loop = train(state, recipe, Rows(bench, path, seed), batch_size=protocol.batch_size)
@@ -204,22 +209,22 @@ def train_theirs(plan_path: Path) -> None:
     bench = SynthBench(plan["model"], device=plan["device"])
     source = Rows(bench, None if plan["rows"] is None else Path(plan["rows"]), plan["seed"])
     widths = [round(share * protocol.n_latents) for share in (*SHARES, 1)]
-    trainer = SAETrainerConfig(
-        total_training_samples=protocol.steps * protocol.batch_size,
-        train_batch_size_samples=protocol.batch_size,
-        lr=protocol.lr,
-        lr_end=protocol.lr / 10,
-        lr_decay_steps=protocol.steps // 5,
-        device=plan["device"],
-        dead_feature_window=max(1, protocol.dead_after // protocol.batch_size),
-        logger=LoggingConfig(log_to_wandb=False),
-    )
     for job in plan["jobs"]:
         torch.manual_seed(plan["seed"])
         kind, config = kinds[job["method"]]
         nested = {"matryoshka_widths": widths} if job["method"] == "Matryoshka" else {}
         sae = kind(config(d_in=bench.width_in, d_sae=protocol.n_latents, k=job["k"], device=plan["device"], **nested))
         batches = (source.batch(i, protocol.batch_size).inputs.to(plan["device"]) for i in range(protocol.steps))
+        trainer = SAETrainerConfig(
+            total_training_samples=protocol.steps * protocol.batch_size,
+            train_batch_size_samples=protocol.batch_size,
+            lr=job["lr"],
+            lr_end=job["lr"] / 10,
+            lr_decay_steps=protocol.steps // 5,
+            device=plan["device"],
+            dead_feature_window=max(1, protocol.dead_after // protocol.batch_size),
+            logger=LoggingConfig(log_to_wandb=False),
+        )
         began = time.perf_counter()
         SAETrainer(trainer, sae, batches).fit()
         seconds = time.perf_counter() - began

@@ -280,16 +280,19 @@ def test_full_is_the_published_size():
 
 
 def test_curves_are_compared_at_matched_l0():
-    """Planted lines over L0, measured at different L0s: theirs lies 0.1 below ours everywhere in F1, and L0 hides nothing."""
+    """Planted lines over L0, measured at different L0s: theirs lies 0.1 below ours everywhere in F1, and L0 hides nothing.
+    A worse learning rate of theirs is not what ours is compared with."""
     path = Path(__file__).parents[1] / "benchmarks" / "synth_tables.py"
     spec = importlib.util.spec_from_file_location("benchmark_synth_tables", path)
     tables = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(tables)
 
-    def cell(library, k, l0, shift):
-        return {"library": library, "method": "Matryoshka", "k": k, "seed": 0, "l0": l0} | dict.fromkeys(tables.METRICS, 0.1 * l0 - shift)
+    def cell(library, k, l0, shift, lr=1e-3):
+        facts = {"library": library, "method": "Matryoshka", "k": k, "lr": lr, "seed": 0, "l0": l0}
+        return facts | dict.fromkeys(tables.METRICS, 0.1 * l0 - shift)
 
     cells = [cell(tables.OURS, k, k - 0.4, 0.0) for k in (6, 2, 4)] + [cell(tables.THEIRS, k, k + 0.4, 0.1) for k in (2, 4, 6)]
+    cells += [cell(tables.THEIRS, k, k + 0.4, 0.3, lr=1e-2) for k in (2, 4, 6)]
     found = tables.matched(SimpleNamespace(k=(2, 4, 6), seeds=(0,)), cells)
     assert [f["l0"] for f in found] == [3, 4, 5]  # 2 is below what theirs reaches, 6 above what ours does
     for f in found:
