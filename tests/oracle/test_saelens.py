@@ -16,6 +16,7 @@ from sae_lens.training.activation_scaler import ActivationScaler
 from safetensors.torch import load_file
 
 from sdl_explorer.models.dictionary import SparseDictionary
+from sdl_explorer.models.methods.gated import GatedRectified
 from sdl_explorer.models.methods.jumprelu import JumpRectified
 from sdl_explorer.models.methods.relu import Rectified
 from sdl_explorer.models.methods.topk import BatchTopKSelection, TopKSelection
@@ -63,6 +64,10 @@ def sigma(name, n_latents):
         chosen = JumpRectified(n_latents)
         chosen.threshold.data = torch.rand(n_latents)
         return chosen
+    if name == "gated":
+        chosen = GatedRectified(n_latents)
+        chosen.r.data, chosen.b_mag.data = torch.randn(n_latents) * 0.3, torch.randn(n_latents) * 0.3
+        return chosen
     return Rectified()
 
 
@@ -85,6 +90,22 @@ def test_our_saes_load_in_sae_lens(tmp_path, name, centred, n_latents):
     assert theirs.cfg.metadata.sae_lens_training_version is None
     assert theirs.cfg.metadata["our own key"] == {"a": [1, None]}
     agree(dictionary, theirs, rows())
+
+
+@pytest.mark.parametrize("name", ["relu", "topk", "batchtopk", "jumprelu", "gated"])
+@pytest.mark.parametrize("centred", [False, True])
+def test_a_normalised_sae_reads_raw_rows_in_sae_lens(tmp_path, name, centred):
+    """Its scales are folded into the weights, so the owner's library needs no scaler."""
+    dictionary, x = ours(name, WIDTHS[0], centred=centred), 37 * rows()
+    dictionary.input_scale = dictionary.target_scale = 1 / 37
+    dictionary.save(tmp_path / "s", "saelens")
+    theirs = SAE.load_from_disk(tmp_path / "s")
+    with torch.no_grad():
+        codes = dictionary.encode(x).dense()
+        assert (codes > 0).any()
+        torch.testing.assert_close(theirs.encode(x), codes, rtol=1e-5, atol=1e-5 * float(codes.max()))
+        expected = dictionary(x).reconstruction
+        torch.testing.assert_close(theirs(x), expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
 
 
 @pytest.mark.parametrize("name", ["relu", "batchtopk", "jumprelu"])

@@ -101,7 +101,8 @@ class Method(param.Parameterized):
             setattr(nonlinearity, name, getattr(self, name))
 
     def objective(self, dictionary: SparseDictionary, encoding: Encoding, batch, context: Context) -> dict[str, Tensor]:
-        """Named, weighted terms; their sum is what training descends."""
+        """Named, weighted terms; their sum is what training descends. Training gives a dictionary's `core` and rows in its
+        units, so a coefficient means the same on data of any scale where the dictionary holds that scale."""
         raise TypeError(f"{type(self).__name__} has no objective(); a Method needs one.")
 
     def weight_terms(self, dictionary: SparseDictionary) -> dict[str, Tensor]:
