@@ -3,6 +3,7 @@
 import panel as pn
 import panel_material_ui as pmui
 import param
+from bokeh.models import CustomJSTickFormatter
 
 MAIN = ("k", "l1", "l0", "l0_target")  # settings of methods that say how sparse codes are
 LOOK = {"size": "small", "margin": (5, 10)}
@@ -88,11 +89,41 @@ def _switch(parameter, value, choices, look):
 
 
 def _whole(parameter, value, choices, look):
-    return pmui.IntInput(value=value, step=1, **_ends(parameter), **look)
+    return whole(value, **_ends(parameter), **look)
 
 
 def _real(parameter, value, choices, look):
-    return pmui.FloatInput(value=value, step=max(abs(value or 0) / 10, 1e-6), **_ends(parameter), **look)
+    return real(value, step=max(abs(value or 0) / 10, 1e-6), **_ends(parameter), **look)
+
+
+class _Empty:
+    """Tells the browser of an empty field: Panel leaves out what is None, and the browser then takes 0."""
+
+    def _get_properties(self, doc):
+        properties = super()._get_properties(doc)
+        properties["data"].value = self.value
+        return properties
+
+
+class Whole(_Empty, pmui.IntInput):
+    """A whole number, or none."""
+
+
+class Real(_Empty, pmui.FloatInput):
+    """A number, or none."""
+
+
+def whole(value: int | None, **look) -> Whole:
+    return Whole(**{"value": value, "step": 1, "format": _digits(), **look})
+
+
+def real(value: float | None, **look) -> Real:
+    return Real(**{"value": value, "format": _digits(), **look})
+
+
+def _digits() -> CustomJSTickFormatter:
+    """All digits of a number, and nothing for none: the usual format makes 0.00003 and none to 0.0."""
+    return CustomJSTickFormatter(code="return tick == null ? '' : tick.toLocaleString('en', { maximumSignificantDigits: 12 })")
 
 
 def _ends(parameter) -> dict:

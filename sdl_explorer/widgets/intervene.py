@@ -10,7 +10,7 @@ from sdl_explorer.training.interventions import Anchor, Intervention, Resample
 from sdl_explorer.training.realign import Realign, refusal
 from sdl_explorer.views.words import count, no_dead, plural
 from sdl_explorer.widgets.fields import field, offered
-from sdl_explorer.widgets.kit import Text, button, sheet
+from sdl_explorer.widgets.kit import Fold, Text, button, sheet
 
 EVERY = "all that qualify"
 NONE_SELECTED = "Select latents in any plot or table first."
@@ -207,6 +207,7 @@ class PlainForm(Form):
 
     labels: dict[str, str] = {}
     choices: dict[str, dict] = {}  # words for the objects of a selector
+    folded: tuple[str, ...] = ()  # settings that few people change
 
     def __init__(self, host, makes: type[Intervention]):
         super().__init__()
@@ -225,8 +226,11 @@ class PlainForm(Form):
         self.preview = button("Preview", f"{name}-preview", self._preview)
         for one in (self.which, *self.fields.values()):
             one.param.watch(lambda event: self.refresh(), "value")
-        form = pn.FlexBox(self.which, *self.fields.values(), self.preview, align_items="center", margin=0)
-        self._view = sheet(self.title, self.said, form, self.why, name=name)
+        shown = [one for setting, one in self.fields.items() if setting not in self.folded]
+        form = pn.FlexBox(self.which, *shown, self.preview, align_items="center", margin=0)
+        rest = pn.FlexBox(*(self.fields[setting] for setting in self.folded), align_items="center", margin=0)
+        folds = [Fold("More settings", rest, name=name)] if self.folded else []
+        self._view = sheet(self.title, self.said, form, *folds, self.why, name=name)
 
     def __panel__(self):
         return self._view
@@ -260,8 +264,9 @@ class PlainForm(Form):
 class RealignForm(PlainForm):
     """Which rows turn, how strongly they are held there, and what that costs."""
 
-    labels = {"pull": "Pull", "refit": "Refit", "least": "Fired at least (rows)", "choose_rows": "Measure on (rows)"}
-    choices = {"refit": {"keeps the size of the codes": "size", "keeps the norm of the row": "norm"}}
+    labels = {"pull": "Pull", "refit": "Refit keeps", "least": "Fired at least (rows)", "choose_rows": "Measure on (rows)"}
+    folded = ("refit", "least", "choose_rows")
+    choices = {"refit": {"the size of the codes": "size", "the norm of the row": "norm"}}
 
     def __init__(self, host):
         super().__init__(host, Realign)

@@ -6,7 +6,7 @@ import panel_material_ui as pmui
 from sdl_explorer.models.methods import Method
 from sdl_explorer.registry import members
 from sdl_explorer.session import Session
-from sdl_explorer.widgets.fields import LOOK, field
+from sdl_explorer.widgets.fields import LOOK, field, real, whole
 from sdl_explorer.widgets.kit import Fold, Text, button, stack
 
 MOST_LATENTS = 4_096  # where sessions belong to visitors
@@ -42,15 +42,13 @@ class NewRun(pn.viewable.Viewer):
         )
         self.about = Text("", tone="quiet", css_classes=["sdlx-new-about"])
         self.k = field(_example("k"), "k", "k", css="new", width=WIDTH)
-        self.n_latents = pmui.IntInput(
-            label="Latents", value=session.n_latents, start=1, end=MOST_LATENTS if host.most_steps else None, **look,
-            css_classes=["sdlx-new-latents"],
-        )  # fmt: skip
-        self.expansion = pmui.FloatInput(
-            label="Expansion factor", value=self._factor(), start=0, step=1, description="Latents for each column of the inputs.", **look,
+        most = MOST_LATENTS if host.most_steps else None
+        self.n_latents = whole(session.n_latents, label="Latents", start=1, end=most, **look, css_classes=["sdlx-new-latents"])
+        self.expansion = real(
+            self._factor(), label="Expansion factor", start=0, step=1, description="Latents for each column of the inputs.", **look,
             css_classes=["sdlx-new-expansion"],
         )  # fmt: skip
-        self.seed = pmui.IntInput(label="Seed", value=session.seed, start=0, **look, css_classes=["sdlx-new-seed"])
+        self.seed = whole(session.seed, label="Seed", start=0, **look, css_classes=["sdlx-new-seed"])
         self.tie = field(_example("tie"), "tie", css="new", width=WIDTH)
         self.origin = {name: field(session, name, css="new", width=WIDTH) for name in START}
         self.tie.disabled = session.source.width_in != session.source.width_out

@@ -4,7 +4,7 @@ import panel as pn
 import panel_material_ui as pmui
 import param
 
-from sdl_explorer.widgets.fields import LOOK, MAIN, spoken
+from sdl_explorer.widgets.fields import LOOK, MAIN, real, spoken, whole
 from sdl_explorer.widgets.kit import Text, button, stack
 
 ABOUT = "Ramps: a number of the method goes in a straight line from a start to its own value, counted from step 0 of the run."
@@ -20,7 +20,7 @@ class Ramps(pn.viewable.Viewer):
         super().__init__()
         self.method, self._reading, self._rows = method, False, []
         self._list = stack()
-        self.add = button("Add a ramp", "ramp-add", self._add)
+        self.add = button("Add a ramp", "ramp-add", self._add, margin=(4, 10))
         self._view = stack(Text(ABOUT, tone="quiet"), self._list, self.add)
         self.param.watch(self._show, "value")
         self.value = value
@@ -73,11 +73,11 @@ class _Row:
         self.ramps = ramps
         look = {"size": LOOK["size"], "margin": (5, 4)}
         options = {spoken(one): one for one in dict.fromkeys([*ramps.numbers, name])}
-        self.setting = pmui.Select(label="Ramp", options=options, value=name, width=170, **look, css_classes=["sdlx-ramp-setting"])
         step = 1 if isinstance(ramps.method.param[name], param.Integer) else max(abs(start) / 10, 0.001)
-        self.start = pmui.FloatInput(label="from", value=start, step=step, width=110, **look, css_classes=["sdlx-ramp-start"])
-        self.steps = pmui.IntInput(label="in steps", value=steps, start=1, step=100, width=110, **look, css_classes=["sdlx-ramp-steps"])
-        drop = button("×", "ramp-drop", lambda event: ramps.remove(self), description="Drop this ramp")
+        self.setting = pmui.Select(label="Ramp", options=options, value=name, width=180, **look, css_classes=["sdlx-ramp-setting"])
+        self.start = real(start, label="from", step=step, width=105, **look, css_classes=["sdlx-ramp-start"])
+        self.steps = whole(steps, label="in steps", start=1, step=100, width=130, **look, css_classes=["sdlx-ramp-steps"])
+        drop = button("×", "ramp-drop", lambda event: ramps.remove(self), description="Drop this ramp", width=40)
         for one in (self.setting, self.start, self.steps):
             one.param.watch(ramps.read, "value")
         self.view = stack(pn.Row(self.setting, drop, margin=0), pn.Row(self.start, self.steps, margin=0), margin=(2, 6))

@@ -11,7 +11,7 @@ from sdl_explorer.widgets.ramps import Ramps
 
 TRAIN = ("lr", "batch_size", "warmup_steps", "dead_after")  # of the session, always in view
 OPTIMISER = ("optimiser", "clip_norm", "decay_steps", "decay")
-LABELS = {"dead_after": "dead after (samples)", "decay_steps": "decay steps (empty: constant rate)", "clip_norm": "clip norm"}
+LABELS = {"dead_after": "dead after (samples)", "decay_steps": "decay over (steps)"}
 OPTIMISERS = {"adam": "Adam", "signsgd": "schedule-free sign descent"}
 WITHOUT = "Schedule-free sign descent needs the package schedulefree, which is not here: pip install 'sdl-explorer[optim]'."
 WIDTH = 220
