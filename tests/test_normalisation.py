@@ -183,7 +183,11 @@ def test_without_normalisation_the_units_matter():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("change", [Resample(latents=[1, 4]), Resample(latents=[1, 4], target="residual"), Realign(least=5)], ids=repr)
+@pytest.mark.parametrize(
+    "change",
+    [Resample(latents=[1, 4]), Resample(latents=[1, 4], target="residual"), Realign(least=5)],
+    ids=["resample from inputs", "resample from residuals", "realign"],
+)
 def test_interventions_plan_in_units_of_the_weights(change, kind):
     plans = []
     for factor in (1.0, 37.0):
@@ -454,7 +458,9 @@ def test_by_itself_a_session_starts_as_it_did():
             assert session.dictionary.input_scale == 1 and not session.dictionary.subtract_b_dec
 
 
-@pytest.mark.parametrize("source", [stored(factor=37.0), stored("transcoder", 37.0), stored("crosscoder"), HierarchyBench()], ids=repr)
+@pytest.mark.parametrize(
+    "source", [stored(factor=37.0), stored("transcoder", 37.0), stored("crosscoder"), HierarchyBench()], ids=[*KINDS, "bench"]
+)
 def test_a_normalised_session_learns_and_reconstructs_raw_rows(source):
     settings = {"method": TopK(k=3), "n_latents": 32, "normalise": True, "lr": 1e-2, "batch_size": 64}
     with Session(source, **settings) as session:
