@@ -82,6 +82,11 @@ class Session(param.Parameterized):
     clip_norm = param.Number(
         None, bounds=(0, None), inclusive_bounds=(False, True), allow_None=True, doc="Largest norm of the whole gradient; None: as it is."
     )
+    precision = param.Selector(
+        default="auto",
+        objects=["auto", "float32", "bfloat16"],
+        doc="Of matrix products in training; weights and moments stay in float32. auto: bfloat16 on CUDA, float32 elsewhere.",
+    )
     ramps = param.Dict({}, doc="Numbers of the method that start elsewhere: {'k': [256, 1000]} goes from 256 to k in 1,000 steps.")
     dead_after = param.Integer(100_000, bounds=(1, None), doc="Samples of silence after which a latent is dead.")
     budget = param.Integer(2_000_000_000, bounds=(1, None), doc="Bytes that commits may take on disk.")
@@ -148,7 +153,7 @@ class Session(param.Parameterized):
         weights.provenance = weights.provenance | {"kind": source.sample(1, stream(self.seed, "kind"), "choose").kind}
         schedule = Schedule(self.lr, self.warmup_steps, self.decay_steps, hold, self.decay, ramps)
         state = TrainState.start(weights, schedule, self.seed, self.dead_after, self.optimiser)
-        state.clip_norm = self.clip_norm
+        state.clip_norm, state.precision = self.clip_norm, self.precision
         origin = "trained elsewhere" if hold else "untrained"
         self._run = self._run_in_memory(state, self._settings())
         self._call(lambda: self._run.commit("start", f"start: {self.n_latents} latents, {origin}, {self.method}"))

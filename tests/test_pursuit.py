@@ -231,3 +231,14 @@ def test_pursuit_trains(kind, orthogonal):
 def test_pursuit_checks_k():
     with pytest.raises(ValueError, match="Pursuit: k is 9 and n_latents 8"):
         Pursuit(k=9).build(4, 4, 8, generator())
+
+
+def test_more_atoms_than_dimensions_are_fitted_not_refused():
+    atoms = torch.nn.functional.normalize(torch.randn(20, 3, generator=torch.Generator().manual_seed(0)), dim=1)
+    atoms[7] = atoms[3]
+    x = torch.randn(50, 3, generator=torch.Generator().manual_seed(1))
+    dictionary = SparseDictionary(atoms, atoms, nonlinearity=OMP(12))
+    codes = dictionary.encode(x).dense()
+    best = torch.stack([torch.from_numpy(nnls(atoms.T.double().numpy(), row.double().numpy())[0]) for row in x])
+    ours, theirs = ((x.double() - c.double() @ atoms.double()).norm(dim=1) for c in (codes.detach(), best))
+    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)

@@ -248,7 +248,7 @@ class SparseDictionary(nn.Module):
     def pre(self, inputs: Float[Tensor, "n d_in"], latents=None) -> Tensor:
         """Pre-activations of all latents, or of the given rows alone."""
         W_enc, b_enc = (self.W_enc, self.b_enc) if latents is None else (self.W_enc[latents], self.b_enc[latents])
-        return F.linear(self.centred(inputs), W_enc, b_enc)
+        return F.linear(self.centred(inputs), W_enc, b_enc).to(W_enc.dtype)  # which autocast may have left
 
     def encode(self, inputs: Float[Tensor, "n d_in"]) -> Latents:
         return self._encode(inputs)[0]

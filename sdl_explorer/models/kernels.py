@@ -17,7 +17,19 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from sdl_explorer.models.dictionary import Latents, SparseDictionary
-from sdl_explorer.models.products import BLOCK, GROUP, Exact, Upper, blocks, ceiling, in_bfloat16, tiles, with_spare
+from sdl_explorer.models.products import (
+    BLOCK,
+    GROUP,
+    Exact,
+    Rounded,
+    Upper,
+    blocks,
+    ceiling,
+    in_bfloat16,
+    in_mixed_precision,
+    tiles,
+    with_spare,
+)
 
 DENSITY = 1 / 32  # share of kept entries up to which sparse sums beat dense products
 PROBE = 64  # rows that tell whether a batch is sparse
@@ -54,10 +66,15 @@ def largest(scores: Float[Tensor, "n m"], k: int) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
+@torch.autocast("cpu", enabled=False)
 def select_rows(inputs: Float[Tensor, "n d_in"], dictionary: SparseDictionary, k: int) -> tuple[Tensor, Tensor]:
     """(values, indices), both (n, k): the k largest pre-activations of each row."""
     exact = Exact.of(inputs, dictionary)
     values, indices = exact.empty(exact.n * k).view(-1, k), torch.empty(exact.n, k, dtype=torch.int64, device=exact.device)
+    if in_mixed_precision(inputs):
+        for rows, pre in blocks(Rounded(exact)):
+            indices[rows] = largest(pre, k)[1]
+        return exact.at(indices.view(-1), torch.arange(exact.n + 1, device=exact.device) * k).view(-1, k), indices
     if not in_bfloat16(inputs, dictionary):
         for rows, pre in blocks(exact):
             values[rows], indices[rows] = largest(pre, k)
@@ -84,9 +101,13 @@ def _largest_rows(exact: Exact, rows: slice, upper: Tensor, k: int) -> tuple[Ten
 
 
 @torch.no_grad()
+@torch.autocast("cpu", enabled=False)
 def select_batch(inputs: Float[Tensor, "n d_in"], dictionary: SparseDictionary, count: int) -> tuple[Tensor, Tensor]:
     """(values, flat indices), both (count,): the `count` largest pre-activations of the whole batch, by index."""
     exact = Exact.of(inputs, dictionary)
+    if in_mixed_precision(inputs):
+        _, where = _largest_of_tiles(Rounded(exact), count)
+        return exact.where(where), where
     if in_bfloat16(inputs, dictionary):
         bounds, candidates = _largest_of_tiles(Upper(exact), with_spare(count, exact.n * exact.m))
         values = exact.where(candidates)
@@ -110,6 +131,7 @@ def _largest_of_tiles(product: Exact | Upper, count: int) -> tuple[Tensor, Tenso
 
 
 @torch.no_grad()
+@torch.autocast("cpu", enabled=False)
 def select_above(inputs: Float[Tensor, "n d_in"], dictionary: SparseDictionary, floor: Tensor | float) -> tuple[Tensor, Tensor] | None:
     """(values, flat indices) of the pre-activations at or above `floor`, a number or one for each latent, by row.
 

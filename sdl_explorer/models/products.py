@@ -44,6 +44,11 @@ def in_bfloat16(inputs: Tensor, dictionary: SparseDictionary) -> bool:
     return fits and (forced == "bfloat16" or (forced == "" and machine_has_bfloat16()))
 
 
+def in_mixed_precision(inputs: Tensor) -> bool:
+    """Does torch.autocast ask for bfloat16 on an accelerator? The CPU bounds what it rounds, and needs no leave."""
+    return inputs.device.type != "cpu" and torch.is_autocast_enabled(inputs.device.type)
+
+
 class Exact:
     """x W_enc^T + b_enc of the rows x, already centred, in their own dtype."""
 
@@ -72,7 +77,14 @@ class Exact:
 
     def where(self, flat: Int[Tensor, " entries"]) -> Float[Tensor, " entries"]:
         """Those of single entries at flat indices that are ordered by row."""
-        return self.at(flat % self.m, torch.searchsorted(flat // self.m, torch.arange(self.n + 1)))
+        return self.at(flat % self.m, torch.searchsorted(flat // self.m, torch.arange(self.n + 1, device=self.device)))
+
+
+class Rounded(Exact):
+    """The same from factors rounded to bfloat16: what mixed precision selects by."""
+
+    def __init__(self, exact: Exact):
+        super().__init__(exact.x.to(HALF), exact.W.to(HALF), exact.b.to(HALF))
 
 
 class Upper:

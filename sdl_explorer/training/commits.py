@@ -164,6 +164,7 @@ class CommitStore:
             scalars["dead_after"],
             pulls=_pulls(tensors),
             clip_norm=scalars.get("clip_norm"),
+            precision=scalars.get("precision", "auto"),
         )
 
     def copy_to(self, folder: Path) -> None:
@@ -239,6 +240,7 @@ def _scalars(state: TrainState) -> dict[str, Any]:
         "dead_after": state.dead_after,
         "schedule": asdict(state.schedule),
         "clip_norm": state.clip_norm,
+        "precision": state.precision,
         "optimiser": {"name": name_of(state.optimiser), "group": progress(state.optimiser)},
         "pins": None if pins is None else {"names": list(pins.anchors.names), "features": list(pins.anchors.features)},
     }

@@ -61,8 +61,9 @@ def _descend(
 ) -> tuple[Encoding, dict[str, Tensor]]:
     """Losses, their gradient, and one update of the weights."""
     dictionary = state.dictionary.core
-    encoding = dictionary(batch.inputs)
-    losses = method.objective(dictionary, encoding, batch, context) | method.weight_terms(dictionary)
+    with torch.autocast(dictionary.device.type, torch.bfloat16, enabled=state.mixed):
+        encoding = dictionary(batch.inputs)
+        losses = method.objective(dictionary, encoding, batch, context) | method.weight_terms(dictionary)
     if state.pins is not None:
         losses["anchor"] = anchor_distance(dictionary, state.pins)
     if state.pulls is not None:

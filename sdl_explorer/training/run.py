@@ -24,8 +24,8 @@ COMMIT_EVERY = 500
 LONG_RUN = 100
 CHOOSE_ROWS = 8_192
 SCHEDULE = ("lr", "warmup_steps", "decay_steps", "decay")
-SETTINGS = ("batch_size", *SCHEDULE, "optimiser", "clip_norm", "ramps", "dead_after")
-LATER = {"decay": "linear", "optimiser": "adam", "clip_norm": None, "ramps": {}}  # older folders lack them
+SETTINGS = ("batch_size", *SCHEDULE, "optimiser", "clip_norm", "precision", "ramps", "dead_after")
+LATER = {"decay": "linear", "optimiser": "adam", "clip_norm": None, "precision": "auto", "ramps": {}}  # older folders lack them
 
 
 class Diverged(FloatingPointError):
@@ -212,7 +212,7 @@ class Run:
         self.settings, self._method = settings, method_of(settings)
         state, ramps = self.state, ramps_of(settings["ramps"], self._method)
         state.schedule = replace(state.schedule, **{k: settings[k] for k in SCHEDULE}, ramps=ramps)
-        state.dead_after, state.clip_norm = settings["dead_after"], settings["clip_norm"]
+        state.dead_after, state.clip_norm, state.precision = (settings[name] for name in ("dead_after", "clip_norm", "precision"))
         if settings["optimiser"] != name_of(state.optimiser):
             state.optimiser = optimiser_for(settings["optimiser"], state.dictionary, settings["lr"])
         ramped(self._method, ramps, max(state.step - 1, 0)).retune(state.dictionary.nonlinearity)  # as in the step before

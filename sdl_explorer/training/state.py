@@ -39,6 +39,7 @@ class TrainState:
     dead_after: int = 100_000
     pulls: Pulls | None = None
     clip_norm: float | int | None = None  # of the whole gradient
+    precision: str = "auto"  # of the matrix products: "float32", "bfloat16", or "auto"
 
     @classmethod
     def start(
@@ -57,6 +58,11 @@ class TrainState:
     @property
     def dead(self) -> Bool[Tensor, " n_latents"]:
         return self.samples_since_fired >= self.dead_after
+
+    @property
+    def mixed(self) -> bool:
+        """Are matrix products taken in bfloat16? Weights, moments and all other arithmetic stay in float32."""
+        return self.precision == "bfloat16" or (self.precision == "auto" and self.dictionary.device.type == "cuda")
 
     def row_parameters(self) -> list[Parameter]:
         """The parameters whose row i belongs to latent i."""

@@ -42,9 +42,11 @@ class _Pursuit(Nonlinearity):
         return self.select(inputs, dictionary)
 
     def select(self, inputs: Float[Tensor, "n d_in"], dictionary: SparseDictionary) -> Latents:
-        """The codes of each row, at most k above zero; row i depends on row i alone."""
+        """The codes of each row, at most k above zero; row i depends on row i alone. Never in mixed precision, whose
+        rounding would look like a residual."""
         n_rows = max(1, CHUNK // max(dictionary.n_latents, self.k * dictionary.d_in))
-        chosen = [self.pursue(rows, dictionary.W_enc, dictionary.b_enc) for rows in dictionary.centred(inputs).split(n_rows)]
+        with torch.autocast(inputs.device.type, enabled=False):
+            chosen = [self.pursue(rows, dictionary.W_enc, dictionary.b_enc) for rows in dictionary.centred(inputs).split(n_rows)]
         indices, values = (torch.cat(parts) for parts in zip(*chosen, strict=True))
         return _ragged(indices, values, dictionary.n_latents)
 
@@ -181,11 +183,13 @@ def with_pursuit(dictionary: SparseDictionary, k: int, orthogonal: bool = True) 
 
 
 def _least_squares(rows: Tensor, atoms: Tensor, bias: Tensor, support: Tensor, active: Tensor) -> Float[Tensor, "n k"]:
-    """argmin_z |x - mu - A_S^T z|^2 on the active slots, 0 on the others; in float64, for atoms that are nearly parallel."""
+    """argmin_z |x - mu - A_S^T z|^2 on the active slots, 0 on the others; in float64, for atoms that are nearly parallel, and
+    with a ridge of 1e-12 of their squared lengths, for a set that spans fewer dimensions than it has atoms."""
     chosen = atoms[support].double()
     target = torch.einsum("nkd,nd->nk", chosen, rows.double()) + bias[support].double()
     both = active[:, :, None] & active[:, None, :]
-    gram = torch.where(both, chosen @ chosen.mT, 0.0) + torch.diag_embed((~active).double())
+    gram = torch.where(both, chosen @ chosen.mT, 0.0)
+    gram = gram + torch.diag_embed(torch.where(active, 1e-12 * gram.diagonal(dim1=1, dim2=2), 1.0))
     return torch.linalg.solve(gram, torch.where(active, target, 0.0)).to(rows.dtype)
 
 
