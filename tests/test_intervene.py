@@ -326,6 +326,7 @@ CHANGES = {
     ("Session", "clip_norm"): 1.5,
     ("Session", "decay_steps"): 900,
     ("Session", "decay"): "cosine",
+    ("Session", "precision"): "float32",
     ("Session", "ramps"): {"k": [6, 50]},
     ("TopK", "k"): 3,
     ("TopK", "unit_norm"): False,

@@ -19,7 +19,6 @@ GROUPS = {
 }
 OTHERS = "others"
 START = ("normalise", "centre", "pre_bias")  # of the session: where new weights start
-KEPT = ("batch_size", "lr", "warmup_steps", "decay_steps", "decay", "optimiser", "clip_norm", "dead_after", "anchors", "budget")
 
 
 def grouped() -> dict[str, list[str]]:
@@ -95,8 +94,8 @@ class NewRun(pn.viewable.Viewer):
         same = type(old.method) is self.kind
         kept = {name: value for name, value in old.method.param.values().items() if name != "name"} if same else {}
         own = {name: one.value for name, one in (("k", self.k), ("tie", self.tie)) if name in self.kind.param}
-        settings = {name: getattr(old, name) for name in KEPT} | {name: one.value for name, one in self.origin.items()}
-        settings |= {"ramps": old.ramps} if same else {}
+        settings = {name: getattr(old, name) for name, p in old.param.objects("existing").items() if not p.constant and name != "name"}
+        settings |= {name: one.value for name, one in self.origin.items()} | ({} if same else {"ramps": {}})
         method = self.kind(**kept | own)
         return Session(old.source, method, self.n_latents.value, seed=self.seed.value, device=old.device, **settings)
 

@@ -10,7 +10,8 @@ from sdl_explorer.widgets.new_run import NewRun
 from sdl_explorer.widgets.ramps import Ramps
 
 TRAIN = ("lr", "batch_size", "warmup_steps", "dead_after")  # of the session, always in view
-OPTIMISER = ("optimiser", "clip_norm", "decay_steps", "decay")
+OPTIMISER = ("optimiser", "clip_norm", "decay_steps", "decay")  # first in their fold; what else a session has follows
+LEFT_OUT = ("budget",)  # of commits: a visitor may not raise it
 LABELS = {"dead_after": "dead after (samples)", "decay_steps": "decay over (steps)"}
 OPTIMISERS = {"adam": "Adam", "signsgd": "schedule-free sign descent"}
 WITHOUT = "Schedule-free sign descent needs the package schedulefree, which is not here: pip install 'sdl-explorer[optim]'."
@@ -33,7 +34,8 @@ class Settings(pn.viewable.Viewer):
         self._column = stack()
         self.method, self.optimiser = Fold("More of the method", name="method"), Fold("Optimiser", name="optimiser")
         self.apply = button("Apply from here", "apply-settings", self._apply, disabled=True, variant="contained", margin=(6, 10))
-        self.waiting, self.new_run = Text("", tone="quiet", role="status", css_classes=["sdlx-waiting"]), NewRun(host)
+        self.waiting = Text("", tone="quiet", role="status", css_classes=["sdlx-waiting"])
+        self.new_run: NewRun | None = None  # made with the fields: the first screen does not wait for it
         self._view = stack(
             Text("Data", tag="h2"),
             self.data,
@@ -45,7 +47,6 @@ class Settings(pn.viewable.Viewer):
             self.optimiser,
             self.apply,
             self.waiting,
-            self.new_run,
             margin=(6, 2),
             css_classes=["sdlx-settings"],
         )
@@ -61,7 +62,8 @@ class Settings(pn.viewable.Viewer):
             if value != seen[0]:  # changed elsewhere, for instance in a cell
                 seen[0] = value
                 widget.value = value
-        self.new_run.refresh()
+        if self.new_run is not None:
+            self.new_run.refresh()
         self._mark()
 
     def _build(self) -> None:
@@ -78,13 +80,16 @@ class Settings(pn.viewable.Viewer):
         free = importlib.util.find_spec("schedulefree") is not None
         choices = {word: name for name, word in OPTIMISERS.items() if name == "adam" or free}
         about = () if free else (Text(WITHOUT, tone="quiet", css_classes=["sdlx-without"]),)
-        first, *others = OPTIMISER
+        first, *others = dict.fromkeys([*OPTIMISER, *(name for name in offered(session) if name not in (*TRAIN, *LEFT_OUT))])
         self.optimiser.body.objects = [
             self._add(session, first, choices),
             *about,
             *(self._add(session, name) for name in others),
             self._watch(session, "ramps", Ramps(session.method, _plain(session.ramps))),
         ]
+        if self.new_run is None:
+            self.new_run = NewRun(self.host)
+            self._view.append(self.new_run)
 
     def _add(self, owner, name: str, choices: dict | None = None):
         return self._watch(owner, name, field(owner, name, LABELS.get(name, ""), choices=choices, width=WIDTH))
