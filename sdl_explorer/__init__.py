@@ -36,6 +36,7 @@ _HOMES = {
     "sdl_explorer.training.realign": ("Realign",),
     "sdl_explorer.diagnosis.health": ("check_health",),
     "sdl_explorer.diagnosis.alignment": ("align",),
+    "sdl_explorer.diagnosis.absorption": ("find_absorption",),
     "sdl_explorer.diagnosis.examples": ("find_examples",),
     "sdl_explorer.session": ("Session",),
     "sdl_explorer.experiments.sweep": ("sweep",),

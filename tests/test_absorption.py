@@ -206,7 +206,7 @@ def test_the_closed_form_of_partial_absorption(delta):
     assert seen.share == pytest.approx(delta, abs=1e-6)
     assert seen.fraction == pytest.approx(delta if delta >= 0.4 else 0, abs=1e-6)
     assert seen.full == float(delta == 1)
-    assert seen.leak == pytest.approx(delta * cosine) and seen.hole == pytest.approx(-delta * cosine, abs=1e-6)
+    assert seen.leak == pytest.approx(delta * cosine, abs=1e-6) and seen.hole == pytest.approx(-delta * cosine, abs=1e-6)
     assert seen.encoder_child == pytest.approx(-delta, abs=1e-6) and seen.decoder_child == pytest.approx(0, abs=1e-6)
     assert edge.kind == ("none" if delta == 0 else "absorbed" if delta == 1 else "partly absorbed")
     assert seen.written_on == pytest.approx(1)
