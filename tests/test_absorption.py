@@ -184,7 +184,13 @@ def test_full_absorption_has_exact_numbers():
     assert edge.n_without == int((active[:, 0] & ~active[:, 1]).sum())
     assert edge.recall_without == pytest.approx(1 - int(active[:, 3].sum()) / edge.n_without)  # child 3 took its rows as well
     assert edge.gap == edge.recall_without - edge.recall_with
-    assert (seen.recall_on, seen.recall_off, seen.own_on, seen.full, seen.fraction) == (0, 1, pytest.approx(0, abs=1e-6), 1, 1)
+    assert (seen.contrast.recall_on, seen.contrast.recall_off, seen.contrast.own_on, seen.contrast.full, seen.contrast.fraction) == (
+        0,
+        1,
+        pytest.approx(0, abs=1e-6),
+        1,
+        1,
+    )
     absorber = seen.absorbers[0]
     assert absorber.parent_part == pytest.approx(math.sqrt(0.5)) and absorber.child_part == pytest.approx(math.sqrt(0.5))
     assert absorber.residual == pytest.approx(0, abs=1e-6)
@@ -202,14 +208,14 @@ def test_the_closed_form_of_partial_absorption(delta):
     edge = find_absorption(absorbing((1,), delta).on(data), data).edges[0]
     seen = edge.evidence
     cosine = 1 / math.sqrt(1 + delta**2)
-    assert seen.own_on == pytest.approx(1 - delta, abs=1e-6) and seen.own_off == pytest.approx(1)
+    assert seen.contrast.own_on == pytest.approx(1 - delta, abs=1e-6) and seen.contrast.own_off == pytest.approx(1)
     assert seen.share == pytest.approx(delta, abs=1e-6)
-    assert seen.fraction == pytest.approx(delta if delta >= 0.4 else 0, abs=1e-6)
-    assert seen.full == float(delta == 1)
+    assert seen.contrast.fraction == pytest.approx(delta if delta >= 0.4 else 0, abs=1e-6)
+    assert seen.contrast.full == float(delta == 1)
     assert seen.leak == pytest.approx(delta * cosine, abs=1e-6) and seen.hole == pytest.approx(-delta * cosine, abs=1e-6)
     assert seen.encoder_child == pytest.approx(-delta, abs=1e-6) and seen.decoder_child == pytest.approx(0, abs=1e-6)
     assert edge.kind == ("none" if delta == 0 else "absorbed" if delta == 1 else "partly absorbed")
-    assert seen.written_on == pytest.approx(1)
+    assert seen.contrast.written_on == pytest.approx(1)
     if delta:
         assert seen.absorbers[0].left == pytest.approx(1 - delta, abs=1e-6)
         assert seen.absorbers[0].parent_part == pytest.approx(delta * cosine)
@@ -234,8 +240,11 @@ def test_duplicates_are_listed_and_split_is_told_by_recall():
     assert find_absorption(duplicated().on(data), data).edges[0].evidence.latents == (0, 5)
     edge = find_absorption(split().on(data), data).edges[0]
     assert set(edge.evidence.latents) == {0, 5}
-    assert (edge.evidence.recall_on, edge.evidence.recall_off) == (1, 1)
-    assert 1 in (edge.evidence.latent_on, edge.evidence.latent_off) and 0 in (edge.evidence.latent_on, edge.evidence.latent_off)
+    assert (edge.evidence.contrast.recall_on, edge.evidence.contrast.recall_off) == (1, 1)
+    assert 1 in (edge.evidence.contrast.latent_on, edge.evidence.contrast.latent_off) and 0 in (
+        edge.evidence.contrast.latent_on,
+        edge.evidence.contrast.latent_off,
+    )
 
 
 def test_absorption_into_a_latent_of_both_beside_the_childs_own():
@@ -280,7 +289,7 @@ def test_siblings_that_fire_together_do_not_blame_each_other():
     found = find_absorption(absorbing((1,), n=4).on(data), data)
     assert kinds(found) == ["absorbed", "none"]
     assert found.edges[1].recall_with < 0.8  # child 1 is active on many of these rows
-    assert found.edges[1].evidence.recall_on == 1
+    assert found.edges[1].evidence.contrast.recall_on == 1
 
 
 def test_what_cannot_be_judged_says_why_and_is_never_nan():
@@ -405,8 +414,8 @@ def test_against_a_row_at_a_time():
                 part = min(taken, activation - main)
                 fraction.append(1.0 if main <= 0 else part / (part + main))
         assert (edge.n_with, edge.recall_with) == (len(hits), pytest.approx(np.mean(hits)))
-        assert seen.full == pytest.approx(np.mean(full)) and seen.fraction == pytest.approx(np.mean(fraction), abs=1e-4)
-    assert any(e.evidence.fraction > 0 for e in found.edges)
+        assert seen.contrast.full == pytest.approx(np.mean(full)) and seen.contrast.fraction == pytest.approx(np.mean(fraction), abs=1e-4)
+    assert any(e.evidence.contrast.fraction > 0 for e in found.edges)
 
 
 def test_saebench_scores_of_single_rows():

@@ -36,24 +36,48 @@ class Absorber(NamedTuple):
     residual: float
 
 
+class Contrast(NamedTuple):
+    """Rows on which the parent is active: with the child (on) against without it (off).
+
+    siblings        whether these are all such rows; where enough of them have no sibling active, they alone count
+    n_on, n_off     how many
+    latent_on, latent_off       share of them on which `latent` fires
+    recall_on, recall_off       share on which any of the parent's latents fires;  drop_interval: recall_off - recall_on, Newcombe
+    own_on, own_off             what these latents write along the parent, of its activation;  lost_interval: own_off - own_on, 95 %
+    written_on, written_off     what all latents write along the parent, of its activation
+    full, fraction              SAEBench's scores on the rows with the child; `fraction_off` the second on the others
+    """
+
+    siblings: bool
+    n_on: int
+    n_off: int
+    latent_on: float
+    latent_off: float
+    recall_on: float
+    recall_off: float
+    drop_interval: Interval
+    own_on: float
+    own_off: float
+    lost_interval: Interval
+    written_on: float
+    written_off: float
+    full: float
+    fraction: float
+    fraction_off: float
+
+
 class Evidence(NamedTuple):
-    """The numbers behind an edge's kind; None where no row or no latent could give one.
+    """The numbers behind an edge's kind; None where there is no row or no latent to take them from.
 
     hits_with, hits_without     rows on which the parent's latent fires, of n_with and n_without
     recall_with_interval, recall_without_interval, gap_interval      95 %, Wilson and Newcombe
-    siblings        whether what follows contrasts all rows; where enough rows have no sibling active, they alone count
-    n_on, n_off     parent-active rows of that contrast, child active and silent;  n_alone: without any child
+    n_alone         rows with the parent and none of its children
     latents         the parent's latents: the nearest decoder row, and those with a cosine of at least 0.9 with it
     cosine          of `latent`'s decoder row with the parent's direction
-    latent_on, latent_off       share of these rows on which `latent` fires
-    recall_on, recall_off       share on which any of the parent's latents fires;  drop_interval: recall_off - recall_on, Newcombe
-    own_on, own_off             what these latents write along the parent, of its activation
-    lost_interval               own_off - own_on, 95 %
-    written_on, written_off     what all latents write along the parent, of its activation
-    absorbers       the latents that write more of it when the child is active, largest first
-    share           what absorbers take, of that and own_on
-    full, fraction  SAEBench's scores on the rows with the child active; `fraction_off` the second on the others
-    child_latent    the latent nearest to the child's direction; leak: its decoder's cosine with the parent's
+    contrast        what the parent's latents do with the child and without
+    absorbers       the latents that write more of the parent when the child is active, largest first
+    share           what absorbers take, of that and what the parent's latents write with the child
+    child_latent    the latent nearest to the child's direction;  leak: its decoder's cosine with the parent's
     hole            cos(W_enc_latent, child): negative where the parent's latent avoids the child
     encoder_child, decoder_child     the child's coefficient in `latent`'s rows, in units of the parent's (least squares on the lineage)
     """
@@ -63,27 +87,12 @@ class Evidence(NamedTuple):
     recall_with_interval: Interval
     recall_without_interval: Interval
     gap_interval: Interval
-    siblings: bool
-    n_on: int
-    n_off: int
     n_alone: int
     latents: tuple[int, ...]
     cosine: float | None
-    latent_on: float | None
-    latent_off: float | None
-    recall_on: float | None
-    recall_off: float | None
-    drop_interval: Interval
-    own_on: float | None
-    own_off: float | None
-    lost_interval: Interval | None
-    written_on: float | None
-    written_off: float | None
+    contrast: Contrast | None
     absorbers: tuple[Absorber, ...]
     share: float
-    full: float | None
-    fraction: float | None
-    fraction_off: float | None
     child_latent: int
     leak: float
     hole: float | None
@@ -119,56 +128,53 @@ class Edge(NamedTuple):
 
 def judge(seen: Evidence, n_with: int, n_without: int, least: int) -> tuple[str, str]:
     """The kind of an edge, and why."""
-    if refused := _refused(seen, n_with, n_without, least):
-        return "not eligible", refused
+    for n, which in ((n_with, "with"), (n_without, "without")):
+        if n < least:
+            return "not eligible", f"{n} rows have the parent {which} the child; {least} are needed"
+    rows = seen.contrast
+    if rows is None:
+        return "not eligible", "no latent's decoder row is near enough to the parent"
     latent, others = seen.latents[0], _takers(seen.absorbers)
+    if rows.recall_off < DETECTS:
+        if _never_alone(seen):
+            return "absorbed", f"the parent is never alone, latent {latent} is not used for it, and {others} {seen.share:.0%} of it"
+        share = f"{rows.recall_off:.0%} of the rows with the parent and without the child"
+        return "not eligible", f"latent {latent} fires on {share}, too few to be the parent's own"
     if seen.child_latent in seen.latents and _at_least(seen.decoder_child, EQUAL):
-        return (
-            "merged",
-            f"latent {seen.child_latent} is the nearest to both and holds {seen.decoder_child:.2f} of the child per parent",
-        )
-    if _never_alone(seen) and seen.recall_off < DETECTS:
-        return "absorbed", f"the parent is never alone, latent {latent} is not used for it, and {others} {seen.share:.0%} of it"
-    weaker = seen.own_off > 0 and seen.own_on <= (1 - TAKEN) * seen.own_off and seen.lost_interval.low > 0
+        return "merged", f"latent {seen.child_latent} is the nearest to both and holds {seen.decoder_child:.2f} of the child per parent"
+    weaker = rows.own_on <= (1 - TAKEN) * rows.own_off and rows.lost_interval.low > 0
     if weaker and seen.share >= TAKEN:
-        taker = seen.absorbers[0]
-        if taker.child_part < MIXED * taker.parent_part:
-            return "split", f"latent {taker.latent} writes the parent alone and takes {seen.share:.0%} of it when the child is active"
-        silent = seen.recall_on < 1 - MOSTLY and seen.drop_interval.low > 0 and seen.share >= MOSTLY
-        kind = "absorbed" if silent or seen.own_on <= TRACE * seen.own_off else "partly absorbed"
-        return kind, (
-            f"with the child active the parent's latents fire on {seen.recall_on:.0%} of the rows ({seen.recall_off:.0%} without it) and "
-            f"write {seen.own_on:.2f} of the parent ({seen.own_off:.2f}); {others} {seen.share:.0%}"
-        )
-    if weaker and seen.written_on <= (1 - TAKEN) * seen.written_off:
-        return "lost", f"with the child active {seen.written_on:.2f} of the parent is written ({seen.written_off:.2f} without it)"
-    if max(seen.recall_on - seen.latent_on, seen.recall_off - seen.latent_off) >= TAKEN:
+        return _taken(seen, rows, others)
+    if weaker and rows.written_on <= (1 - TAKEN) * rows.written_off:
+        return "lost", f"with the child active {rows.written_on:.2f} of the parent is written ({rows.written_off:.2f} without it)"
+    if max(rows.recall_on - rows.latent_on, rows.recall_off - rows.latent_off) >= TAKEN:
         return (
             "split",
-            f"{len(seen.latents)} latents share the parent's rows: any fires on {seen.recall_on:.0%}, {latent} on {seen.latent_on:.0%}",
+            f"{len(seen.latents)} latents share the parent's rows: any fires on {rows.recall_on:.0%}, {latent} on {rows.latent_on:.0%}",
         )
     if _at_least(seen.encoder_child, MIXED) and _at_least(seen.decoder_child, MIXED):
         return "hedged", f"per parent, latent {latent} reads {seen.encoder_child:.2f} and writes {seen.decoder_child:.2f} of the child"
-    return "none", f"the parent's latents write {seen.own_on:.2f} of it with the child active and {seen.own_off:.2f} without"
+    return "none", f"the parent's latents write {rows.own_on:.2f} of it with the child active and {rows.own_off:.2f} without"
 
 
-def _refused(seen: Evidence, n_with: int, n_without: int, least: int) -> str:
-    """Why an edge cannot be judged; empty where it can."""
-    for n, which in ((n_with, "with"), (n_without, "without")):
-        if n < least:
-            return f"{n} rows have the parent {which} the child; {least} are needed"
-    if not seen.latents:
-        return "no latent's decoder row is near enough to the parent"
-    if seen.recall_off >= DETECTS or _never_alone(seen):
-        return ""
-    return (
-        f"latent {seen.latents[0]} fires on {seen.recall_off:.0%} of the rows with the parent and without the child, too few to be its own"
+def _taken(seen: Evidence, rows: Contrast, others: str) -> tuple[str, str]:
+    """The parent's latents write less with the child, and other latents more."""
+    taker = seen.absorbers[0]
+    if taker.child_part < MIXED * taker.parent_part:
+        return "split", f"latent {taker.latent} writes the parent alone and takes {seen.share:.0%} of it when the child is active"
+    silent = rows.recall_on < 1 - MOSTLY and rows.drop_interval.low > 0 and seen.share >= MOSTLY
+    kind = "absorbed" if silent or rows.own_on <= TRACE * rows.own_off else "partly absorbed"
+    return kind, (
+        f"with the child active the parent's latents fire on {rows.recall_on:.0%} of the rows ({rows.recall_off:.0%} without it) and "
+        f"write {rows.own_on:.2f} of the parent ({rows.own_off:.2f}); {others} {seen.share:.0%}"
     )
 
 
 def _never_alone(seen: Evidence) -> bool:
     """Each row of the parent has a child, and its absorbers write it: a latent of its own had nothing left to show."""
-    return seen.n_alone == 0 and seen.share >= MOSTLY and seen.absorbers[0].child_part >= MIXED * seen.absorbers[0].parent_part
+    if seen.n_alone > 0 or seen.share < MOSTLY:
+        return False
+    return seen.absorbers[0].child_part >= MIXED * seen.absorbers[0].parent_part
 
 
 def _takers(absorbers: tuple[Absorber, ...]) -> str:
@@ -198,7 +204,8 @@ class Look:
     def edge(self) -> Edge:
         n_with, n_without = int(self._sum("n", "with")), int(self._sum("n", "without"))
         seen = self._evidence(n_with, n_without)
-        recall_with, recall_without = (self._fires(cells) for cells in ("with", "without"))
+        recall_with = seen.hits_with / n_with if n_with and seen.latents else None
+        recall_without = seen.hits_without / n_without if n_without and seen.latents else None
         kind, why = judge(seen, n_with, n_without, self.least)
         return Edge(
             parent=self.parent,
@@ -219,44 +226,54 @@ class Look:
     def _evidence(self, n_with: int, n_without: int) -> Evidence:
         known = self.places.size > 0
         hits = {cells: int(self._sum("fired", cells)[self.slot]) if known else 0 for cells in ("with", "without")}
-        n_on, n_off = int(self._sum("n", self.on)), int(self._sum("n", self.off))
-        own_on, own_off = (self._per_activation("main", cells) if known else None for cells in (self.on, self.off))
-        absorbers = self._absorbers()
+        n_with, n_without = (n_with, n_without) if known else (0, 0)
+        contrast, absorbers = self._contrast(), self._absorbers()
         takes = sum(absorber.takes for absorber in absorbers)
         read, written = self._row(self.dictionary.W_enc), self._row(self.dictionary.W_dec)
         child_latent = int(self.sums.of.child[self.e])
         return Evidence(
             hits_with=hits["with"],
             hits_without=hits["without"],
-            recall_with_interval=wilson(hits["with"], n_with if known else 0),
-            recall_without_interval=wilson(hits["without"], n_without if known else 0),
-            gap_interval=newcombe(hits["without"], n_without if known else 0, hits["with"], n_with),
-            siblings=self.on == "with",
-            n_on=n_on,
-            n_off=n_off,
+            recall_with_interval=wilson(hits["with"], n_with),
+            recall_without_interval=wilson(hits["without"], n_without),
+            gap_interval=newcombe(hits["without"], n_without, hits["with"], n_with),
             n_alone=int(self._sum("n", "alone")),
             latents=tuple(int(i) for i in self.candidates[self.places]),
             cosine=float(self.cosines[self.places[0]]) if known else None,
-            latent_on=self._fires(self.on),
-            latent_off=self._fires(self.off),
-            recall_on=self._share("any", self.on) if known else None,
-            recall_off=self._share("any", self.off) if known else None,
-            drop_interval=newcombe(float(self._sum("any", self.off)), n_off if known else 0, float(self._sum("any", self.on)), n_on),
-            own_on=own_on,
-            own_off=own_off,
-            lost_interval=None if own_on is None or own_off is None else self._lost_interval(own_on, own_off),
-            written_on=self._per_activation("written", self.on),
-            written_off=self._per_activation("written", self.off),
+            contrast=contrast,
             absorbers=absorbers,
-            share=takes / (takes + max(own_on or 0.0, 0.0)) if absorbers else 0.0,
-            full=self._share("full", self.on) if known else None,
-            fraction=self._share("fraction", self.on) if known else None,
-            fraction_off=self._share("fraction", self.off) if known else None,
+            share=takes / (takes + max(contrast.own_on if contrast else 0.0, 0.0)) if absorbers else 0.0,
             child_latent=child_latent,
             leak=_cosine(_double(self.dictionary.W_dec[child_latent]), self.targets[0]),
             hole=None if read is None else _cosine(read, self.inputs[1]),
             encoder_child=None if read is None else _relative(self.inputs, read),
             decoder_child=None if written is None else _relative(self.targets, written),
+        )
+
+    def _contrast(self) -> Contrast | None:
+        n_on, n_off = (int(self._sum("n", cells)) for cells in (self.on, self.off))
+        if not (self.places.size and n_on and n_off):
+            return None
+        share = lambda name, cells: float(self._sum(name, cells) / self._sum("n", cells))
+        part = lambda name, cells: float(self._sum(name, cells) / self._sum("activation", cells))
+        own_on, own_off = part("main", self.on), part("main", self.off)
+        return Contrast(
+            siblings=self.on == "with",
+            n_on=n_on,
+            n_off=n_off,
+            latent_on=float(self._sum("fired", self.on)[self.slot]) / n_on,
+            latent_off=float(self._sum("fired", self.off)[self.slot]) / n_off,
+            recall_on=share("any", self.on),
+            recall_off=share("any", self.off),
+            drop_interval=newcombe(float(self._sum("any", self.off)), n_off, float(self._sum("any", self.on)), n_on),
+            own_on=own_on,
+            own_off=own_off,
+            lost_interval=self._lost_interval(own_on, own_off),
+            written_on=part("written", self.on),
+            written_off=part("written", self.off),
+            full=share("full", self.on),
+            fraction=share("fraction", self.on),
+            fraction_off=share("fraction", self.off),
         )
 
     def _order(self) -> np.ndarray:
@@ -272,20 +289,6 @@ class Look:
 
     def _sum(self, name: str, cells: str):
         return self.sums.over(name, cells)[self.e]
-
-    def _share(self, name: str, cells: str) -> float | None:
-        n = self._sum("n", cells)
-        return float(self._sum(name, cells) / n) if n else None
-
-    def _per_activation(self, name: str, cells: str) -> float | None:
-        """A sum in units of the parent's activation; None without rows."""
-        activation = self._sum("activation", cells)
-        return float(self._sum(name, cells) / activation) if activation > 0 else None
-
-    def _fires(self, cells: str) -> float | None:
-        """Recall of the parent's latent."""
-        n = self._sum("n", cells)
-        return float(self._sum("fired", cells)[self.slot] / n) if n and self.places.size else None
 
     def _lost_interval(self, own_on: float, own_off: float) -> Interval:
         """Of a difference of two ratios sum m / sum c, by linearisation (Cochran 1977, chapter 2)."""

@@ -48,7 +48,7 @@ class Candidates(NamedTuple):
     latents   (n_edges, c) ids, each once an edge; -1 pads
     cosine    (n_edges, c) of decoder rows with the parent's direction
     writes    (n_edges, c) what a code of 1 writes along the parent: W_dec_j / target_scale . u, where u is dual to the parent in
-              its lineage: u . parent = 1, u . child = u . ancestor = 0. For orthogonal features u is the parent's direction.
+              its lineage: u . parent = 1, u . child = u . ancestor = 0 (pseudo-inverse). For orthogonal features u is the parent.
     main      (n_edges, TWINS) the parent's latents, places in `latents`, best cosine first; -1 pads
     child     (n_edges,) the child's best latent
     dual      (n_edges, d_out) u
@@ -64,11 +64,13 @@ class Candidates(NamedTuple):
     @classmethod
     def of(cls, dictionary: SparseDictionary, truth: Truth, family: Family) -> "Candidates":
         directions = truth.target_features.to(dictionary.device).float()
-        _, near_parent = nearest(dictionary.W_dec, directions[family.parent], NEAR)
-        _, near_child = nearest(dictionary.W_dec, directions[family.child], NEAR)
+        features, place = torch.cat([family.parent, family.child]).unique(return_inverse=True)
+        near_parent, near_child = nearest(dictionary.W_dec, directions[features], NEAR)[place.to(dictionary.device)].chunk(2)
         latents = torch.cat([near_parent, near_child], dim=1)
         repeated = torch.cat([torch.zeros_like(near_parent, dtype=torch.bool), (near_child[:, :, None] == near_parent[:, None]).any(2)], 1)
-        dual = torch.stack([_dual(directions[list(members)]) for members in family.lineage])
+        targets = truth.target_features.detach().cpu().double().numpy()
+        dual = np.stack([np.linalg.pinv(targets[list(members)])[:, 0] for members in family.lineage])
+        dual = torch.as_tensor(dual, dtype=torch.float32, device=dictionary.device)
         cosine, writes = (torch.zeros(latents.shape, device=dictionary.device) for _ in range(2))
         twin = torch.zeros_like(near_parent, dtype=torch.bool)
         step = max(1, CELLS // (latents.shape[1] * dictionary.d_out))
@@ -86,22 +88,17 @@ class Candidates(NamedTuple):
         return cls(latents, cosine.masked_fill(repeated, -1), writes, main, near_child[:, 0], dual)
 
 
-def nearest(rows: Tensor, directions: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """(cosines, ids), both (n, min(k, n_rows)): the rows with the largest cosines to each unit direction, best first."""
+def nearest(rows: Tensor, directions: Tensor, k: int) -> Tensor:
+    """Ids (n, min(k, n_rows)) of the rows with the largest cosines to each unit direction, best first, then by id."""
     values = torch.empty(len(directions), 0, device=rows.device)
     ids = values.long()
-    for block in torch.arange(len(rows), device=rows.device).split(max(1, CELLS // max(1, len(directions)))):
-        cosines = cosines_of(rows[block], directions)
-        values, ids = torch.cat([values, cosines], dim=1), torch.cat([ids, block.expand(len(directions), -1)], dim=1)
-        # by cosine and then by id: a stable order, for which topk gives no promise
-        values, order = values.sort(dim=1, descending=True, stable=True)
-        values, ids = values[:, :k], ids.gather(1, order)[:, :k]
-    return values, ids
-
-
-def _dual(directions: Tensor) -> Tensor:
-    """The vector in the span of the rows with inner product 1 with the first and 0 with the others (least squares where they depend)."""
-    return torch.as_tensor(np.linalg.pinv(directions.cpu().double().numpy())[:, 0], device=directions.device).float()
+    for block in torch.arange(len(rows), device=rows.device).split(max(1, CELLS // len(directions))):
+        top, at = cosines_of(rows[block], directions).topk(min(k, len(block)), dim=1)
+        values, ids = torch.cat([values, top], dim=1), torch.cat([ids, block[at]], dim=1)
+        values, at = values.topk(min(k, values.shape[1]), dim=1)
+        ids = ids.gather(1, at)
+    ids, at = ids.sort(dim=1)
+    return ids.gather(1, values.gather(1, at).sort(dim=1, descending=True, stable=True).indices)
 
 
 class FamilySums(Accumulator):
@@ -143,14 +140,14 @@ class FamilySums(Accumulator):
         children = torch.zeros(rows.n, len(self.groups), dtype=torch.int64, device=device).index_add_(1, self.group, with_child.long())
         with_child = with_child[row, edge].long()
         cell = 4 * edge + 2 * with_child + (children[row, self.group[edge]] > with_child)
-        bias = self.stream.dictionary.b_dec.float() / self.stream.dictionary.target_scale
-        written = (rows.reconstruction - bias) @ self.of.dual.T
-        activation = codes[:, parent].float()
-        for some in torch.arange(len(row), device=device).split(max(1, CELLS // self.of.latents.shape[1])):
-            at = (row[some], edge[some])
-            self._add_pairs(rows.codes, activation[at], written[at], *at, cell[some])
+        step = max(1, CELLS // (self.of.latents.shape[1] + rows.reconstruction.shape[1]))
+        for some in torch.arange(len(row), device=device).split(step):
+            self._add_pairs(rows, codes, row[some], edge[some], cell[some])
 
-    def _add_pairs(self, z: Tensor, activation: Tensor, written: Tensor, row: Tensor, edge: Tensor, cell: Tensor) -> None:
+    def _add_pairs(self, rows: Rows, codes: Tensor, row: Tensor, edge: Tensor, cell: Tensor) -> None:
+        z, dictionary = rows.codes, self.stream.dictionary
+        activation = codes[row, self.family.parent.to(row.device)[edge]].float()
+        written = rows.reconstruction[row] - dictionary.b_dec.float() / dictionary.target_scale
         latents, cosine = self.of.latents[edge], self.of.cosine[edge]
         taken = z[row[:, None], latents.clamp_min(0)] * self.of.writes[edge]  # repeated latents write 0
         place = self.of.main[edge]
@@ -164,7 +161,7 @@ class FamilySums(Accumulator):
             "n": torch.ones_like(activation),
             "activation": activation,
             "activation_square": activation.square(),
-            "written": written,
+            "written": (written * self.of.dual[edge]).sum(dim=1),
             "taken": taken,
             "fired": fired.float(),
             "any": fired.any(dim=1).float(),
@@ -174,9 +171,12 @@ class FamilySums(Accumulator):
             "full": full.float(),
             "fraction": fraction,
         }
+        cells, place = cell.unique(return_inverse=True)
         for name, values in parts.items():
-            sums = values.new_zeros(4 * self.n_edges, *values.shape[1:]).index_add_(0, cell, values).cpu().double()
-            self.sums[name] = self.sums[name] + sums if name in self.sums else sums
+            sums = values.new_zeros(len(cells), *values.shape[1:]).index_add_(0, place, values).cpu().double()
+            if name not in self.sums:
+                self.sums[name] = torch.zeros(4 * self.n_edges, *values.shape[1:], dtype=torch.float64)
+            self.sums[name][cells.cpu()] += sums
 
     def over(self, name: str, cells: str) -> np.ndarray:
         """A sum over "with", "without", "only" (the child, no sibling) or "alone" (no child), (n_edges, ...)."""
