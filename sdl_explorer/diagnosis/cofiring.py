@@ -1,0 +1,153 @@
+"""Which true features are active when a latent fires: sparse counts, so that a million features fit."""
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from scipy.sparse import csr_array, hstack, vstack
+from torch import Tensor
+
+from sdl_explorer.data.activations import Activations
+from sdl_explorer.diagnosis.directions import Directions, directions_of
+from sdl_explorer.diagnosis.observe import Accumulator, Rows, Stream
+from sdl_explorer.models.dictionary import SparseDictionary
+
+PAIRS = 2**23  # latent-feature pairs that wait before they are added up
+CELLS = 2**22  # overlaps in a block
+
+
+class Together(NamedTuple):
+    """Counts over n rows. CSR matrices are (n_latents, n_features) and hold the pairs that occurred.
+
+    count[i, k]  rows on which latent i fires and feature k is active
+    total[i, k]  sum of codes_k over those rows
+    fired (n_latents,), active (n_features,)  rows of each alone;  strength (n_features,)  sum of codes_k over all rows
+    """
+
+    n: int
+    count: csr_array
+    total: csr_array
+    fired: Int[np.ndarray, " n_latents"]
+    active: Int[np.ndarray, " n_features"]
+    strength: Float[np.ndarray, " n_features"]
+
+
+class CoFiring(Accumulator):
+    """Collects `Together`, and the activations of each feature. Needs the true codes.
+
+    Held: the pairs that occurred, and one number for each activation of a feature.
+    """
+
+    def __init__(self, stream: Stream):
+        super().__init__(stream)
+        truth = stream.activations.truth
+        if truth is None:
+            raise ValueError("CoFiring: these activations have no true codes (truth=None), which it counts.")
+        self.codes, self.n_features, self.n_latents = truth.codes, truth.n_features, stream.dictionary.n_latents
+        self.n, self.fired = 0, np.zeros(self.n_latents, dtype=np.int64)
+        self.both = csr_array((self.n_latents, self.n_features), dtype=np.complex64)
+        self.entries: list[tuple[np.ndarray, np.ndarray]] = []  # (feature, value) of every active code
+        self.waiting: list[tuple[csr_array, csr_array]] = []
+        self.pairs = 0
+        self.done: Together | None = None
+
+    def add(self, rows: Rows) -> None:
+        latent, row, _ = (part.cpu().numpy() for part in rows.entries)
+        codes = self.codes[rows.start : rows.start + rows.n]
+        where = codes > 0
+        line, feature = (part.cpu().numpy() for part in where.nonzero(as_tuple=True))
+        value = codes[where].float().cpu().numpy()
+        self.n += rows.n
+        self.fired += rows.count.cpu().numpy()
+        self.entries.append((feature.astype(np.int32), value))
+        # one product gives both sums: the code in the real part, the count in the imaginary one
+        fires = csr_array((np.ones(len(row), dtype=np.complex64), (latent, row)), shape=(self.n_latents, rows.n))
+        active = csr_array((value + np.complex64(1j), (line, feature)), shape=(rows.n, self.n_features))
+        self.waiting.append((fires, active))
+        self.pairs += int(np.bincount(row, minlength=rows.n) @ np.bincount(line, minlength=rows.n))
+        if self.pairs >= PAIRS:
+            self._flush()
+
+    def result(self) -> Together:
+        if self.done is None:
+            self._flush()
+            self.both.sort_indices()
+            feature, value = self._active()
+            self.done = Together(
+                n=self.n,
+                count=like(self.both, self.both.data.imag.copy()),
+                total=like(self.both, self.both.data.real.copy()),
+                fired=self.fired,
+                active=np.bincount(feature, minlength=self.n_features),
+                strength=np.bincount(feature, weights=value, minlength=self.n_features),
+            )
+            self.both = csr_array(self.both.shape, dtype=np.complex64)
+        return self.done
+
+    def magnitudes(self, n_levels: int) -> Float[np.ndarray, "n_levels n_features"]:
+        """The middles of n_levels equal shares of each feature's activations, from the smallest up; 1 where it was never active."""
+        feature, value = self._active()
+        value = value[np.lexsort((value, feature))]
+        active = np.bincount(feature, minlength=self.n_features)
+        first = active.cumsum() - active
+        share = (np.arange(n_levels)[:, None] + 0.5) / n_levels
+        place = np.minimum(first + (share * active).astype(np.int64), max(len(value) - 1, 0))
+        return np.where(active > 0, value[place] if len(value) else 1.0, 1.0).astype(np.float32)
+
+    def _active(self) -> tuple[np.ndarray, np.ndarray]:
+        self.entries = [tuple(np.concatenate(parts) for parts in zip(*self.entries, strict=True))]
+        return self.entries[0]
+
+    def _flush(self) -> None:
+        if self.waiting:
+            fires, active = zip(*self.waiting, strict=True)
+            self.both = self.both + csr_array(hstack(fires, format="csr") @ vstack(active, format="csr"))
+        self.waiting, self.pairs = [], 0
+
+
+def like(pattern: csr_array, data: np.ndarray) -> csr_array:
+    """A CSR matrix with other values at the same places; the index arrays are shared."""
+    return csr_array((data, pattern.indices, pattern.indptr), shape=pattern.shape)
+
+
+def only(matrix: csr_array, kept: np.ndarray) -> csr_array:
+    """The entries under a mask, as a CSR matrix of its own."""
+    ends = np.concatenate([[0], np.cumsum(kept)])[matrix.indptr]
+    return csr_array((matrix.data[kept], matrix.indices[kept], ends.astype(matrix.indptr.dtype)), shape=matrix.shape)
+
+
+def row_of(matrix: csr_array) -> Int[np.ndarray, " n_entries"]:
+    """The row of each stored entry."""
+    return np.repeat(np.arange(matrix.shape[0]), np.diff(matrix.indptr))
+
+
+def true_directions(activations: Activations, dictionary: SparseDictionary, finding: str) -> Directions:
+    """The true features, or an error that says what to do without them."""
+    if activations.truth is None:
+        raise ValueError(
+            f"{finding} compares with true features, and these activations have none (truth=None). Use LinearBench or "
+            "HierarchyBench, or call check_health, which needs no truth."
+        )
+    return directions_of(activations, dictionary)
+
+
+def overlaps(rows: Float[Tensor, "n_latents d"], directions: Float[Tensor, "n_features d"], pattern: csr_array) -> np.ndarray:
+    """<rows_i, directions_k> at the entries of a CSR matrix, a block of latents at a time."""
+    data = np.empty(pattern.nnz, dtype=np.float32)
+    place = np.zeros(pattern.shape[1], dtype=np.int64)
+    n, start = pattern.shape[0], 0
+    while start < n:
+        # the features that occur among these latents alone: few rows of data touch few of a million
+        stop = max(start + 1, min(n, start + max(1, CELLS // pattern.shape[1])))
+        span = slice(pattern.indptr[start], pattern.indptr[stop])
+        columns = pattern.indices[span]
+        there = np.zeros(pattern.shape[1], dtype=bool)
+        there[columns] = True
+        used = np.flatnonzero(there)
+        place[used] = np.arange(len(used))
+        block = (rows[start:stop].float() @ directions[torch.as_tensor(used, device=directions.device)].T).cpu().numpy()
+        lines = np.repeat(np.arange(stop - start), np.diff(pattern.indptr[start : stop + 1]))
+        data[span] = block[lines, place[columns]]
+        start = stop
+    return data
