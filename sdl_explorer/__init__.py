@@ -38,6 +38,7 @@ _HOMES = {
     "sdl_explorer.diagnosis.alignment": ("align",),
     "sdl_explorer.diagnosis.absorption": ("find_absorption",),
     "sdl_explorer.diagnosis.examples": ("find_examples",),
+    "sdl_explorer.diagnosis.causes": ("trace_causes",),
     "sdl_explorer.diagnosis.patterns": ("trace_patterns",),
     "sdl_explorer.diagnosis.realisable": ("realise",),
     "sdl_explorer.diagnosis.recovery": ("score_recovery",),

@@ -10,6 +10,7 @@ from sdl_explorer.data.activations import Activations, Block, Truth
 from sdl_explorer.data.bench import LinearBench, simplex_directions
 from sdl_explorer.data.sources import stream
 from sdl_explorer.diagnosis.alone import respond_alone
+from sdl_explorer.diagnosis.causes import trace_causes
 from sdl_explorer.diagnosis.cofiring import overlaps
 from sdl_explorer.diagnosis.observe import observe
 from sdl_explorer.diagnosis.patterns import capacities, trace_patterns
@@ -145,6 +146,21 @@ def test_a_latent_that_nothing_drives_is_not_mono():
     found = trace_patterns(dictionary, rows_of([[1, 0], [0, 1]], np.eye(2)))
     assert found.effective_features[0] == 0 and found.status.tolist() == ["poly"]
     assert found.share.nnz == 0
+
+
+def test_causes_have_two_humps():
+    """The planted latent again: codes 1 for feature 0 and 3 for feature 1, and a row of a bias alone."""
+    codes = torch.tensor([[1.0, 0], [0, 3], [1, 0], [0, 3], [0, 0], [1, 3]])
+    dictionary = SparseDictionary(torch.eye(2)[[0, 0]] + torch.eye(2)[[1, 1]], torch.ones(2, 2), torch.tensor([-9.0, 0.5]))
+    found = trace_causes(dictionary, rows_of(codes, np.eye(2)), latent=1)
+    assert found.row.tolist() == [0, 1, 2, 3, 4, 5] and found.feature.tolist() == [0, 1, 0, 1, -1, 1]
+    assert found.values_of(0).tolist() == [1.5, 1.5] and found.values_of(1).tolist() == [3.5, 3.5, 4.5]
+    np.testing.assert_allclose(found.share, [1, 1, 1, 1, 0, 0.75])
+    in_blocks = observe(dictionary, rows_of(codes, np.eye(2)), [(trace_causes, {"latent": 1})], block=2)[0]
+    np.testing.assert_array_equal(in_blocks.row, found.row)
+    assert len(trace_causes(dictionary, rows_of(codes, np.eye(2)), latent=0).row) == 0
+    with pytest.raises(ValueError, match="latent 2 does not exist"):
+        trace_causes(dictionary, rows_of(codes, np.eye(2)), latent=2)
 
 
 # the definition, slowly --------------------------------------------------------------------------------------------------

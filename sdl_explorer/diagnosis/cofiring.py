@@ -41,10 +41,8 @@ class CoFiring(Accumulator):
 
     def __init__(self, stream: Stream):
         super().__init__(stream)
-        truth = stream.activations.truth
-        if truth is None:
-            raise ValueError("CoFiring: these activations have no true codes (truth=None), which it counts.")
-        self.codes, self.n_features, self.n_latents = truth.codes, truth.n_features, stream.dictionary.n_latents
+        self.codes, self.n_latents = true_codes(stream.activations), stream.dictionary.n_latents
+        self.n_features = self.codes.shape[1]
         self.n, self.fired = 0, np.zeros(self.n_latents, dtype=np.int64)
         self.both = csr_array((self.n_latents, self.n_features), dtype=np.complex64)
         self.entries: list[tuple[np.ndarray, np.ndarray]] = []  # (feature, value) of every active code
@@ -120,6 +118,13 @@ def only(matrix: csr_array, kept: np.ndarray) -> csr_array:
 def row_of(matrix: csr_array) -> Int[np.ndarray, " n_entries"]:
     """The row of each stored entry."""
     return np.repeat(np.arange(matrix.shape[0]), np.diff(matrix.indptr))
+
+
+def true_codes(activations: Activations) -> Float[Tensor, "n n_features"]:
+    """The features' activations in every row."""
+    if activations.truth is None:
+        raise ValueError("true_codes: these activations have none (truth=None). Use LinearBench or HierarchyBench.")
+    return activations.truth.codes
 
 
 def true_directions(activations: Activations, dictionary: SparseDictionary, finding: str) -> Directions:

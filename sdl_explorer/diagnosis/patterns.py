@@ -246,16 +246,23 @@ def _row_sums(matrix: csr_array) -> np.ndarray:
     return np.bincount(row_of(matrix), weights=matrix.data, minlength=matrix.shape[0]).astype(np.float64)
 
 
+def _row_maxima(matrix: csr_array) -> np.ndarray:
+    """The largest stored value of each row, 0 where there is none; values are >= 0."""
+    some, largest = np.flatnonzero(np.diff(matrix.indptr)), np.zeros(matrix.shape[0])
+    if len(some):
+        largest[some] = np.maximum.reduceat(matrix.data, matrix.indptr[some])
+    return largest
+
+
 def _spread(fires: csr_array, responses: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Selectivity and participation ratio of each latent's responses; 0 for a latent without any."""
-    total, squares = _row_sums(like(fires, responses)), _row_sums(like(fires, responses.astype(np.float64) ** 2))
-    ordered, sizes = responses[np.lexsort((responses, row_of(fires)))].astype(np.float64), np.diff(fires.indptr)
-    first, second = np.zeros((2, fires.shape[0]))
-    first[sizes > 0] = ordered[fires.indptr[1:][sizes > 0] - 1]
-    second[sizes > 1] = ordered[fires.indptr[1:][sizes > 1] - 2]
-    some = first > 0
-    selectivity = np.divide(first - second, first, out=np.zeros_like(first), where=some)
-    return selectivity, np.divide(total**2, squares, out=np.zeros_like(first), where=some)
+    responses = responses.astype(np.float64)
+    first = _row_maxima(like(fires, responses))
+    top = responses == first[row_of(fires)]
+    second = np.where(_row_sums(like(fires, top)) > 1, first, _row_maxima(like(fires, np.where(top, 0, responses))))
+    total, squares = _row_sums(like(fires, responses)), _row_sums(like(fires, responses**2))
+    selectivity = np.divide(first - second, first, out=np.zeros_like(first), where=first > 0)
+    return selectivity, np.divide(total**2, squares, out=np.zeros_like(first), where=first > 0)
 
 
 def _dead(silent: np.ndarray, since, dead_after: int | None, n: int) -> np.ndarray:

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 
 from sdl_explorer.data.activations import Activations
-from sdl_explorer.diagnosis.cofiring import CoFiring, row_of, true_directions
+from sdl_explorer.diagnosis.cofiring import CoFiring, Together, like, row_of, true_codes, true_directions
 from sdl_explorer.diagnosis.cosines import cosines_of, latent_blocks
 from sdl_explorer.diagnosis.matching import Matcher
 from sdl_explorer.diagnosis.observe import Accumulator, Rows, Stream, finding, observe
@@ -93,7 +93,7 @@ class _Scorer(Accumulator):
             raise ValueError(f"score_recovery: tau is {tau}; it is a cosine above 0, at most 1.")
         dictionary = stream.dictionary
         self.features, self.tau = true_directions(stream.activations, dictionary, "score_recovery"), tau
-        self.cofiring = stream.share(CoFiring)
+        self.cofiring, self.codes = stream.share(CoFiring), true_codes(stream.activations)
         self.matcher = Matcher(len(self.features.names), dictionary.n_latents, dictionary.device) if match else None
         self._compare()
         self.product, self.square = torch.zeros(2, dictionary.n_latents, dtype=torch.float64)
@@ -126,7 +126,7 @@ class _Scorer(Accumulator):
 
     def add(self, rows: Rows) -> None:
         latent, row, value = (part.cpu() for part in rows.entries)
-        codes = self.stream.activations.truth.codes[rows.start : rows.start + rows.n].cpu()
+        codes = self.codes[rows.start : rows.start + rows.n].cpu()
         code = codes[row, self.feature[latent]].double()
         self.product += torch.bincount(latent, weights=value.double() * code, minlength=rows.n_latents)
         self.square += torch.bincount(latent, weights=code.square(), minlength=rows.n_latents)
@@ -207,15 +207,18 @@ def score_recovery(dictionary: SparseDictionary, activations: Activations, tau: 
     return observe(dictionary, activations, [(score_recovery, {"tau": tau, "match": match})])[0]
 
 
-def _best_classifiers(together) -> tuple[np.ndarray, np.ndarray]:
+def _best_classifiers(together: Together) -> tuple[np.ndarray, np.ndarray]:
     """The latent with the largest F1 for each feature, the first of equal ones; -1 and 0 where none fires with it."""
-    count = together.count
-    latent, feature = row_of(count), count.indices
-    f1 = 2 * count.data.astype(np.float64) / (together.fired[latent] + together.active[feature])
-    order = np.lexsort((-latent, f1, feature))  # the last of each feature is its best
-    last = np.flatnonzero(np.diff(feature[order], append=-1))
-    best, score = np.full(count.shape[1], -1, dtype=np.int64), np.zeros(count.shape[1])
-    best[feature[order[last]]], score[feature[order[last]]] = latent[order[last]], f1[order[last]]
+    f1 = 2 * together.count.data.astype(np.float64) / (together.fired[row_of(together.count)] + together.active[together.count.indices])
+    by_feature = like(together.count, f1).tocsc()
+    n_features = by_feature.shape[1]
+    best, score = np.full(n_features, -1, dtype=np.int64), np.zeros(n_features)
+    some = np.flatnonzero(np.diff(by_feature.indptr))
+    if len(some):
+        score[some] = np.maximum.reduceat(by_feature.data, by_feature.indptr[some])
+        feature = np.repeat(np.arange(n_features), np.diff(by_feature.indptr))
+        at = np.flatnonzero(by_feature.data == score[feature])[::-1]  # the last one written, the first latent, stays
+        best[feature[at]] = by_feature.indices[at]
     return best, score
 
 
