@@ -139,7 +139,7 @@ class _Scorer(Accumulator):
 
     def result(self) -> Recovery:
         dictionary, together = self.stream.dictionary, self.cofiring.result()
-        feature, cosine = np.array(self.feature), np.array(self.cosine)
+        feature, cosine = self.feature.numpy().copy(), self.cosine.numpy()  # scipy indexes by arrays that own their data
         n, fired, active = together.n, together.fired, together.active[feature]
         both = np.asarray(together.count[np.arange(len(feature)), feature]).ravel().astype(np.float64)
         classifier, classifier_f1 = _best_classifiers(together)
