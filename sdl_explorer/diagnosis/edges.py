@@ -277,13 +277,13 @@ class Look:
         )
 
     def _order(self) -> np.ndarray:
-        """The parent's latents, the one that detects it best first: of the nearest (within 0.01) by F1, then by id."""
+        """The parent's latents, the one that detects it best first: of the nearest (within 0.01) by F1, then by cosine and id."""
         self.slot = 0
         hits = (self._sum("fired", "with") + self._sum("fired", "without"))[: len(self.places)]
         active = self._sum("n", "with") + self._sum("n", "without")
         f1 = 2 * hits / np.maximum(self.sums.count.numpy()[self.candidates[self.places]] + active, 1)
         further = self.cosines[self.places] < self.cosines[self.places].max() - 0.01
-        order = np.lexsort((self.candidates[self.places], -np.round(f1, 9), further))
+        order = np.lexsort((self.candidates[self.places], -self.cosines[self.places], -np.round(f1, 9), further))
         self.slot = int(order[0])
         return order
 

@@ -12,7 +12,7 @@ class Interval(NamedTuple):
     high: float
 
 
-def wilson(hits: float, n: float, z: float = Z) -> Interval:
+def wilson(hits: float | int, n: float | int, z: float = Z) -> Interval:
     """Of a proportion hits / n (Wilson 1927); (0, 1) for n = 0, when nothing is known.
 
     (p + z^2/2n +- z sqrt(p (1 - p)/n + z^2/4n^2)) / (1 + z^2/n)
@@ -24,7 +24,7 @@ def wilson(hits: float, n: float, z: float = Z) -> Interval:
     return Interval(max(0.0, (p + square / 2 - half) / (1 + square)), min(1.0, (p + square / 2 + half) / (1 + square)))
 
 
-def newcombe(hits: float, n: float, other_hits: float, other_n: float, z: float = Z) -> Interval:
+def newcombe(hits: float | int, n: float | int, other_hits: float | int, other_n: float | int, z: float = Z) -> Interval:
     """Of a difference of two proportions, hits / n - other_hits / other_n (Newcombe 1998, method 10); (-1, 1) where one has no rows.
 
     Both Wilson intervals, put together in squares: difference - sqrt((p - low)^2 + (other_high - other_p)^2), and likewise above.
