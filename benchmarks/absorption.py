@@ -115,14 +115,13 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     options.out.mkdir(parents=True, exist_ok=True)
-    began, runs, text = time.perf_counter(), [], []
+    runs, text = [], []
     for part in options.parts:
         rows, section = PARTS[part](options)
         runs += rows
         text.append(section)
-    seconds = time.perf_counter() - began
     head = (
-        f"# Absorption with known answers\n\n`python benchmarks/absorption.py`, {seconds / 60:.0f} minutes on one thread "
+        f"# Absorption with known answers\n\n`python benchmarks/absorption.py`, {time.process_time() / 60:.0f} minutes of one CPU core "
         f"({platform.machine()}, torch {torch.__version__}). Each trained row is judged on {JUDGE_ROWS:,} fresh rows."
     )
     (options.out / "README.md").write_text("\n\n".join([head, *text]) + "\n")

@@ -21,7 +21,6 @@ from sdl_explorer.models.dictionary import Latents, SparseDictionary
 
 N = 240
 PARENTS = (None, 0, 0, 0, None)  # one parent, three exclusive children, and a feature of its own
-EDGES = [(0, 1), (0, 2), (0, 3)]
 
 
 def rotation(d: int, seed: int = 0) -> torch.Tensor:
@@ -118,6 +117,31 @@ def lost() -> Rows:
     return rows
 
 
+def composite() -> Rows:
+    """Parent and child alone have latents of their own; both together are latent 5."""
+    rows = Rows.clean(spare=1)
+    rows.enc[0, 1] = rows.enc[1, 0] = -1
+    rows.enc[5, :2] = rows.dec[5, :2] = 1
+    rows.bias[5] = -1
+    return rows
+
+
+def chain() -> Rows:
+    """0 > 1 > 2: latent 1 writes 0 and 1, latent 2 writes all three."""
+    rows = Rows.clean(4)
+    rows.enc[0, 1] = rows.enc[1, 2] = -1
+    rows.dec[1, 0] = rows.dec[2, 0] = rows.dec[2, 1] = 1
+    return rows
+
+
+def chain_codes() -> torch.Tensor:
+    codes = torch.zeros(N, 4)
+    for r in range(N):
+        codes[r, : r % 4] = 1.0
+        codes[r, 3] = r % 2
+    return codes
+
+
 def homeless() -> Rows:
     """No latent of the parent, and each child's latent writes it too."""
     rows = absorbing((1, 2, 3))
@@ -125,18 +149,23 @@ def homeless() -> Rows:
     return rows
 
 
+FAMILY, NEVER_ALONE, CHAIN = (family_codes(), PARENTS), (family_codes(alone=False), PARENTS), (chain_codes(), (None, 0, 1, None))
 CASES = {
-    "clean": (Rows.clean(), ["none"] * 3),
-    "absorbed by one": (absorbing((1,)), ["absorbed", "none", "none"]),
-    "absorbed by two": (absorbing((1, 3)), ["absorbed", "none", "absorbed"]),
-    "absorbed by all": (absorbing((1, 2, 3)), ["absorbed"] * 3),
-    "partly": (absorbing((2,), 0.5), ["none", "partly absorbed", "none"]),
-    "hedged": (hedging(), ["hedged", "none", "none"]),
-    "merged": (merged(), ["merged", "none", "none"]),
-    "duplicated": (duplicated(), ["none"] * 3),
-    "split": (split(), ["split", "none", "none"]),
-    "lost": (lost(), ["lost", "none", "none"]),
-    "homeless": (homeless(), ["not eligible"] * 3),
+    "clean": (Rows.clean(), FAMILY, ["none"] * 3),
+    "absorbed by one": (absorbing((1,)), FAMILY, ["absorbed", "none", "none"]),
+    "absorbed by two": (absorbing((1, 3)), FAMILY, ["absorbed", "none", "absorbed"]),
+    "absorbed by all": (absorbing((1, 2, 3)), FAMILY, ["absorbed"] * 3),
+    "partly": (absorbing((2,), 0.5), FAMILY, ["none", "partly absorbed", "none"]),
+    "composite": (composite(), FAMILY, ["absorbed", "none", "none"]),
+    "never alone": (absorbing((1, 2, 3)), NEVER_ALONE, ["absorbed"] * 3),
+    "never alone, clean": (Rows.clean(), NEVER_ALONE, ["none"] * 3),
+    "chain": (chain(), CHAIN, ["absorbed"] * 2),
+    "hedged": (hedging(), FAMILY, ["hedged", "none", "none"]),
+    "merged": (merged(), FAMILY, ["merged", "none", "none"]),
+    "duplicated": (duplicated(), FAMILY, ["none"] * 3),
+    "split": (split(), FAMILY, ["split", "none", "none"]),
+    "lost": (lost(), FAMILY, ["lost", "none", "none"]),
+    "homeless": (homeless(), FAMILY, ["not eligible"] * 3),
 }
 
 
@@ -157,13 +186,13 @@ def kinds(found) -> list[str]:
 @pytest.mark.parametrize("noise", [0.0, 0.01])
 @pytest.mark.parametrize("case", CASES)
 def test_kinds_whatever_the_order_of_latents_and_a_little_noise(case, noise, kind):
-    rows, expected = CASES[case]
-    data = planted(family_codes(), kind=kind)
+    rows, (codes, parents), expected = CASES[case]
+    data = planted(codes, parents, kind)
     order = torch.randperm(len(rows.enc), generator=torch.Generator().manual_seed(5))
     found = find_absorption(rows.on(data, noise=noise), data)
     shuffled = find_absorption(rows.on(data, order, noise=noise), data)
     assert kinds(found) == kinds(shuffled) == expected
-    assert [(e.parent, e.child) for e in found.edges] == EDGES
+    assert [(e.parent, e.child) for e in found.edges] == [(p, c) for c, p in enumerate(parents) if p is not None]
     place = {int(latent): new for new, latent in enumerate(order)} | {-1: -1}
     for edge, other in zip(found.edges, shuffled.edges, strict=True):
         if case == "duplicated" and noise == 0:  # the two are one
@@ -248,12 +277,8 @@ def test_duplicates_are_listed_and_split_is_told_by_recall():
 
 
 def test_absorption_into_a_latent_of_both_beside_the_childs_own():
-    rows = Rows.clean(spare=1)
-    rows.enc[0, 1], rows.enc[1, 0] = -1, -1  # both silent when both are active
-    rows.enc[5, 0] = rows.enc[5, 1] = rows.dec[5, 0] = rows.dec[5, 1] = 1
-    rows.bias[5] = -1
     data = planted(family_codes())
-    edge = find_absorption(rows.on(data), data).edges[0]
+    edge = find_absorption(composite().on(data), data).edges[0]
     assert (edge.kind, edge.absorber, edge.evidence.child_latent) == ("absorbed", 5, 1)
 
 
@@ -266,16 +291,8 @@ def test_a_parent_that_is_never_alone():
 
 
 def test_three_levels():
-    """0 > 1 > 2: latent 1 writes 0 and 1, latent 2 writes all three."""
-    codes = torch.zeros(N, 4)
-    for r in range(N):
-        codes[r, : r % 4] = 1.0
-        codes[r, 3] = r % 2
-    rows = Rows.clean(4)
-    rows.enc[0, 1] = rows.enc[1, 2] = -1
-    rows.dec[1, 0] = rows.dec[2, 0] = rows.dec[2, 1] = 1
-    data = planted(codes, (None, 0, 1, None))
-    top, low = find_absorption(rows.on(data), data).edges
+    data = planted(*CHAIN)
+    top, low = find_absorption(chain().on(data), data).edges
     assert (top.parent, top.child, top.kind, top.gap) == (0, 1, "absorbed", 1)
     assert {a.latent for a in top.evidence.absorbers} == {1, 2}
     assert (low.parent, low.child, low.kind, low.absorber, low.gap) == (1, 2, "absorbed", 2, 1)

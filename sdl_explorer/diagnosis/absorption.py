@@ -91,7 +91,8 @@ def find_absorption(dictionary: SparseDictionary, activations: Activations, leas
     where u reads the parent's direction out of the reconstruction (dual to it among parent, child and ancestors). The parent's
     latents are the decoder row nearest to its direction, if its cosine is at least `min_cosine`, and its twins (cosine 0.9); of
     those nearest within 0.01, `latent` is the one with the best F1 as a detector of the parent, then the nearest. An edge needs
-    `least` rows of each condition, and a latent that fires on half of the parent's rows without the child. Absorption is told from
+    `least` rows of each condition, and a latent that fires on half of the parent's rows without the child and writes a tenth of it
+    there. Absorption is told from
 
         split     several latents write the parent alone, and share its rows out
         hedged    the child's direction is in the parent's encoder and decoder row, both with a plus

@@ -14,7 +14,7 @@ KINDS = ("absorbed", "partly absorbed", "split", "hedged", "merged", "lost", "no
 DETECTS = 0.5  # recall without the child from which a latent is one of the parent
 TAKEN = 0.2  # share of the parent's part, or of its rows, from which a change is named
 MOSTLY = 0.5  # the same from which it is the rule
-TRACE = 0.1  # share of what the parent's latents write otherwise, up to which they are as good as silent
+TRACE = 0.1  # share of the parent, or of what its latents write otherwise, up to which they are as good as silent
 MIXED = 0.1  # a child's coefficient, relative to the parent's, from which a row holds the child too
 EQUAL = 0.5  # the same from which a row is as much the child's as the parent's
 
@@ -135,11 +135,14 @@ def judge(seen: Evidence, n_with: int, n_without: int, least: int) -> tuple[str,
     if rows is None:
         return "not eligible", "no latent's decoder row is near enough to the parent"
     latent, others = seen.latents[0], _takers(seen.absorbers)
-    if rows.recall_off < DETECTS:
+    if rows.recall_off < DETECTS or rows.own_off < TRACE:
         if _never_alone(seen):
             return "absorbed", f"the parent is never alone, latent {latent} is not used for it, and {others} {seen.share:.0%} of it"
-        share = f"{rows.recall_off:.0%} of the rows with the parent and without the child"
-        return "not eligible", f"latent {latent} fires on {share}, too few to be the parent's own"
+        where = "with the parent and without the child"
+        return (
+            "not eligible",
+            f"latent {latent} fires on {rows.recall_off:.0%} of the rows {where} and writes {rows.own_off:.2f} of it there",
+        )
     if seen.child_latent in seen.latents and _at_least(seen.decoder_child, EQUAL):
         return "merged", f"latent {seen.child_latent} is the nearest to both and holds {seen.decoder_child:.2f} of the child per parent"
     weaker = rows.own_on <= (1 - TAKEN) * rows.own_off and rows.lost_interval.low > 0
