@@ -43,12 +43,16 @@ class Absorption:
     @property
     def mean_gap(self) -> float | None:
         """Mean signed gap of the eligible edges; None where there are none."""
-        return float(np.mean([edge.gap for edge in self.eligible])) if self.eligible else None
+        return float(np.mean(self._gaps)) if self._gaps else None
 
     @property
     def max_gap(self) -> float | None:
         """Largest signed gap of the eligible edges; None where there are none."""
-        return max((edge.gap for edge in self.eligible if edge.gap is not None), default=None)
+        return max(self._gaps, default=None)
+
+    @property
+    def _gaps(self) -> list[float]:
+        return [edge.gap for edge in self.eligible if edge.gap is not None]
 
     def of(self, parent: int | None = None, child: int | None = None) -> tuple[Edge, ...]:
         """The edges of one parent, or of one child."""
