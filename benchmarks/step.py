@@ -3,7 +3,7 @@
     python benchmarks/step.py [--device cuda] [--quick] [--methods topk relu] [--latents 4096] [--repetitions 7] [--threads 2]
 
 All contenders train the same weights on the same rows with the same threads, each in a process of its own. They take
-turns, one step at a time, and the medians of the repetitions are compared: what slows the machine slows them all. The
+turns, two steps at a time, and the medians of all steps are compared: what slows the machine slows them all. The
 floor is the encoder product alone, measured between them. Writes benchmarks/results/step-DEVICE.{json,md}.
 """
 
@@ -11,6 +11,7 @@ import argparse
 import json
 import os
 import platform
+import random
 import statistics
 import subprocess
 import sys
@@ -29,6 +30,7 @@ CONTENDERS = {
     "overcomplete": "overcomplete",
 }
 NOT_PEERS = {"floor", "ours", "ours_float32", "bare"}
+STEPS = 2  # of a turn
 SIZES = {"d": 768, "n": 2048, "k": 32, "l0": 64}
 
 
@@ -76,9 +78,11 @@ def compare(job: dict, names: list[str], repetitions: int, threads: int, package
         for name in ["floor", *names]:
             contenders.append(Contender(name, job, threads, packages))
         here = [c for c in contenders if not c.missing]
-        for _ in range(repetitions):
-            for contender in [c for c in here if not c.missing]:
-                contender.take(1)
+        turns = random.Random(0)
+        for _ in range(repetitions):  # in another order each time: a step after a heavy neighbour's finds its caches cold
+            for contender in turns.sample(here, len(here)):
+                if not contender.missing:
+                    contender.take(STEPS)
     finally:
         for contender in contenders:
             contender.close()
@@ -126,6 +130,22 @@ def table(job: dict, rows: dict) -> str:
     return head + "\n".join(lines) + "\n"
 
 
+def summary(runs: list[dict]) -> str:
+    """The README's table: ours beside the best other library, a line for each method and size."""
+    lines = ["| | n_latents | samples/s | of the encoder product alone | best other library | sae-lens |", "|---|---:|---:|---:|---:|---:|"]
+    for run in runs:
+        job, found = run["job"], run["figures"]
+        ours = found["ours"]["samples_a_second"]
+        times = lambda name, ours=ours, found=found: f"{ours / found[name]['samples_a_second']:.1f}x" if name in found else "-"
+        best = max(found.keys() - NOT_PEERS, key=lambda name: found[name]["samples_a_second"], default="")
+        label = METHODS[job["method"]] + ("" if "topk" in job["method"] else f", L0 near {job['l0']}" if job["l0"] else ", dense")
+        lines.append(
+            f"| {label} | {job['m']:,} | {ours:,.0f} | {found['ours']['of_the_floor']:.2f} | "
+            f"{times(best)}{f' ({CONTENDERS[best]})' if best else ''} | {times('sae_lens')} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
 def machine(device: str, threads: int) -> dict:
     import torch
 
@@ -147,7 +167,7 @@ def machine(device: str, threads: int) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--quick", action="store_true", help="n_latents 4096 alone, 3 repetitions")
+    parser.add_argument("--quick", action="store_true", help="n_latents 4096 alone, 2 repetitions")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--latents", nargs="+", type=int)
     parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
@@ -159,7 +179,6 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="written as OUTPUT.json and OUTPUT.md")
     args = parser.parse_args()
     latents = args.latents or ([256] if args.toy else [4096] if args.quick else [4096, 16384, 65536])
-    repetitions = args.repetitions or (3 if args.quick else 200 if args.toy else 7)
     sizes = SIZES | ({"d": 64, "k": 4} if args.toy else {}) | ({"l0": 0} if args.dense else {})
     output = args.output or HERE / "results" / f"step-{'toy-' if args.toy else ''}{'dense-' if args.dense else ''}{args.device}"
 
@@ -169,17 +188,17 @@ def main() -> None:
     for m in latents:
         for method in args.methods:
             job = {"method": method, "m": m, "device": args.device} | sizes
+            repetitions = args.repetitions or (100 if args.toy else 2 if args.quick or m > 20_000 else 4)
             rows = compare(job, args.contenders, repetitions, args.threads, args.packages)
-            runs.append({"job": job, "contenders": rows, "figures": figures(job, rows)})
+            runs.append({"job": job, "repetitions": repetitions, "contenders": rows, "figures": figures(job, rows)})
             tables.append(table(job, rows))
             print(tables[-1], flush=True)
             output.parent.mkdir(parents=True, exist_ok=True)
-            output.with_suffix(".json").write_text(
-                json.dumps({"machine": facts, "repetitions": repetitions, "runs": runs}, indent=1) + "\n"
-            )
+            output.with_suffix(".json").write_text(json.dumps({"machine": facts, "runs": runs}, indent=1) + "\n")
             title = f"# One training step, d = {sizes['d']}, batch {sizes['n']:,}, float32"
-            about_run = f"{about}. Median of {repetitions} repetitions, taken in turns."
-            output.with_suffix(".md").write_text(f"{title}\n\n{about_run}\n\n" + "\n".join(tables))
+            steps = " or ".join(str(n) for n in sorted({STEPS * run["repetitions"] for run in runs}))
+            about_run = f"{about}. Medians of {steps} steps, taken in turns."
+            output.with_suffix(".md").write_text(f"{title}\n\n{about_run}\n\n{summary(runs)}\n" + "\n".join(tables))
 
 
 if __name__ == "__main__":
