@@ -108,7 +108,7 @@ def sham_plan(treated: TrainState, commit: Commit) -> Plan:
         latents,
         row(dictionary.W_enc),
         row(dictionary.b_enc),
-        row(dictionary.W_dec),
+        None if commit.kind == "realign" else row(dictionary.W_dec),
         {name: tensor.detach()[latents] for name, tensor in dictionary.per_latent().items()} if moved else {},
         treated.pins,
         latents if moved else latents[:0],

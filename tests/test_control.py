@@ -110,6 +110,23 @@ def test_the_sham_is_read_off_the_commit(make):
     assert torch.equal(sham.W_dec, plan.W_dec), "live latents were pulled, not reset"
 
 
+@pytest.mark.parametrize("pull", [0.0, 0.1])
+def test_the_sham_of_a_realign_turns_encoder_rows_alone(make, pull):
+    session = make().train(200)
+    session.realign(pull=pull)
+    state = session._run.state
+    plan = sham_plan(state, session.head)
+    before, W_enc = state.dictionary.W_dec.detach().clone(), state.dictionary.W_enc.detach().clone()
+    sham = plan.sham(torch.Generator())
+    sham.apply(state)
+    assert torch.equal(state.dictionary.W_dec, before)
+    turned = torch.cosine_similarity(state.dictionary.W_enc, W_enc)[plan.latents]
+    assert turned.abs().max() < 0.99 and (state.pulls is None) is (pull == 0)
+    if pull:
+        reached = torch.cosine_similarity(state.pulls.directions, state.dictionary.W_enc[state.pulls.latents])
+        torch.testing.assert_close(reached, torch.ones_like(reached))
+
+
 def test_settings_are_those_of_the_intervention(make):
     session = make(method=ReLU(l1=0.1)).train(20)
     session.resample([1])

@@ -323,20 +323,38 @@ def test_changes_are_commits_and_come_back():
         assert session.dictionary.nonlinearity.k == 2
 
 
+def test_a_setting_that_cannot_be_had_changes_nothing(monkeypatch):
+    with Session(BENCH, TopK(k=2), 16, device="cpu") as session:
+        session.train(5)
+        monkeypatch.setitem(sys.modules, "schedulefree", None)
+        session.optimiser = FREE
+        with pytest.raises(ImportError, match="schedulefree"):
+            session.train(5)
+        session.optimiser = "adam"
+        assert not session.stale and session.step == 5
+        assert session.train(5).step == 10
+
+
+@pytest.mark.parametrize("pair", [[None, 10], ["6", 10], [6], 6, [6, 0], [6, 1.5]])
+def test_a_ramp_is_a_start_and_a_number_of_steps(pair):
+    with pytest.raises(ValueError, match=r"give \[start, number of steps\]"):
+        Session(BENCH, TopK(k=2), 16, device="cpu", ramps={"k": pair})
+
+
 def test_a_folder_from_before_these_settings_opens(tmp_path):
     """Its record lacks them: they are at their defaults, and nothing is stale."""
     with Session(BENCH, TopK(k=2), 16, device="cpu") as session:
         session.train(7).save(tmp_path / "run")
         expected = weights(session.train(3))
         session.revert(next(c for c in session.commits if c.step == 7))
-    later = ("decay", "optimiser", "clip_norm", "ramps")
+    later = ("decay", "optimiser", "clip_norm", "precision", "ramps")
     for path in (tmp_path / "run").rglob("*.json"):
         record = json.loads(path.read_text())
         for settings in (record.get("session"), record.get("settings")):
             for name in later if settings else ():
                 del settings[name]
         if "state" in record:
-            del record["state"]["optimiser"], record["state"]["clip_norm"]
+            del record["state"]["optimiser"], record["state"]["clip_norm"], record["state"]["precision"]
             del record["state"]["schedule"]["decay"], record["state"]["schedule"]["ramps"]
         path.write_text(json.dumps(record))
     with Session.open(tmp_path / "run", device="cpu") as session:

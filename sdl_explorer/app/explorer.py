@@ -34,8 +34,8 @@ def explore(what, dictionary=None, targets=None, **settings) -> "Explorer":
     """Open the explorer on activations, a checkpoint, a run or a session.
 
         explore(tensor)                          activations; an untrained, paused session that says so
-        explore("activations.npy", "sae/")       a checkpoint on activations, after a preflight; with rescale=True the
-                                                 input scale that it asks for is folded into the weights
+        explore("activations.npy", "sae/")       a checkpoint on activations, after a preflight; with rescale=True it reads
+                                                 rows at the scale that the preflight asks for
         explore("runs/first")                    a run folder
         explore(session)
 

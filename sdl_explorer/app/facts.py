@@ -101,7 +101,7 @@ def describe_model(session) -> str:
     if session.preflight is not None:
         lines.append(f"preflight: {session.preflight.verdict}")
         if session.preflight.scale != 1:
-            lines.append("open with rescale=True to fold that scale into the weights")
+            lines.append("open with rescale=True to read rows at that scale")
     if session.folder is not None:
         lines.append(f"{session.folder.name}: {session.disk_used / 1e6:.1f} of {session.budget / 1e6:,.0f} MB of commits")
     return "\n".join(lines)

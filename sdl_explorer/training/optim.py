@@ -93,7 +93,8 @@ def ramps_of(settings: dict, method: Method, n_latents: int | None = None) -> tu
         if not isinstance(setting, param.Number) or getattr(method, name) is None or setting.constant:
             known = [n for n, p in method.param.objects("existing").items() if isinstance(p, param.Number) and not p.constant]
             raise ValueError(f"ramps: {name!r} is no number that {method} holds; there are {', '.join(known)}.")
-        if not isinstance(pair, list | tuple) or len(pair) != 2 or not isinstance(pair[1], int) or pair[1] < 1:
+        numbers = isinstance(pair, list | tuple) and len(pair) == 2 and isinstance(pair[0], int | float) and isinstance(pair[1], int)
+        if not numbers or pair[1] < 1:
             raise ValueError(f"ramps: {name!r} has {pair!r}; give [start, number of steps], for instance {{{name!r}: [1, 1000]}}.")
         ramps.append(Ramp(name, *pair))
     first = ramped(method, tuple(ramps), 0)

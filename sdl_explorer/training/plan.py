@@ -95,11 +95,12 @@ class Plan:
     def sham(self, generator: Generator) -> "Plan":
         """The same reset, or the same anchors, in random directions: tells a repair apart from any reset."""
         reading, pins, pulls = "Sham: " + self.reading, self.changed_pins, self.changed_pulls
-        if pulls is not None and self.W_enc is not None:
-            W_enc = random_like(self.W_enc, generator)
-            return replace(self, W_enc=W_enc, changed_pulls=replace(pulls, directions=normalize(W_enc, dim=1)), reading=reading)
-        if self.W_enc is None or self.W_dec is None:
+        if self.W_enc is None:
             return replace(self, reading=reading)
+        if self.W_dec is None:
+            W_enc = random_like(self.W_enc, generator)
+            pulled = None if pulls is None else replace(pulls, directions=normalize(W_enc, dim=1))
+            return replace(self, W_enc=W_enc, changed_pulls=pulled, reading=reading)
         if pins is None:
             W_enc, W_dec = _random_pair(self.W_enc, self.W_dec, generator)
             return replace(self, W_enc=W_enc, W_dec=W_dec, reading=reading)

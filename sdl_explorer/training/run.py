@@ -209,12 +209,13 @@ class Run:
         self.recorder = Recorder(read_json(folder / "history.json", "points")["points"]).truncated(head.step)
 
     def _adopt_settings(self, settings: dict[str, Any]) -> None:
-        self.settings, self._method = settings, method_of(settings)
-        state, ramps = self.state, ramps_of(settings["ramps"], self._method)
+        state, method = self.state, method_of(settings)
+        ramps, optimiser = ramps_of(settings["ramps"], method), state.optimiser
+        if settings["optimiser"] != name_of(optimiser):
+            optimiser = optimiser_for(settings["optimiser"], state.dictionary, settings["lr"])
+        self.settings, self._method, state.optimiser = settings, method, optimiser
         state.schedule = replace(state.schedule, **{k: settings[k] for k in SCHEDULE}, ramps=ramps)
         state.dead_after, state.clip_norm, state.precision = (settings[name] for name in ("dead_after", "clip_norm", "precision"))
-        if settings["optimiser"] != name_of(state.optimiser):
-            state.optimiser = optimiser_for(settings["optimiser"], state.dictionary, settings["lr"])
         ramped(self._method, ramps, max(state.step - 1, 0)).retune(state.dictionary.nonlinearity)  # as in the step before
 
     def _check_in(self, commit: Commit, recorder: Recorder) -> None:
