@@ -11,9 +11,9 @@ from sdl_explorer.data.bench import LinearBench, simplex_directions
 from sdl_explorer.data.sources import stream
 from sdl_explorer.diagnosis.alone import respond_alone
 from sdl_explorer.diagnosis.causes import trace_causes
-from sdl_explorer.diagnosis.cofiring import overlaps
 from sdl_explorer.diagnosis.observe import observe
 from sdl_explorer.diagnosis.patterns import capacities, trace_patterns
+from sdl_explorer.diagnosis.sparse import overlaps
 from sdl_explorer.models.dictionary import SparseDictionary
 from sdl_explorer.models.methods.jumprelu import JumpRectified
 from sdl_explorer.models.methods.topk import TopKSelection
@@ -262,7 +262,7 @@ def test_blocks_of_any_size_give_the_same(trained_looking, block, monkeypatch):
     W_enc, threshold, rows = trained_looking
     whole = trace_patterns(jumping(W_enc, threshold), rows)
     monkeypatch.setattr("sdl_explorer.diagnosis.cofiring.PAIRS", 50)
-    monkeypatch.setattr("sdl_explorer.diagnosis.cofiring.CELLS", 50)
+    monkeypatch.setattr("sdl_explorer.diagnosis.sparse.CELLS", 50)
     monkeypatch.setattr("sdl_explorer.diagnosis.alone.block_rows", lambda widest: 11)
     same(whole, observe(jumping(W_enc, threshold), rows, [trace_patterns], block=block)[0])
 
@@ -292,7 +292,7 @@ def test_many_features_stay_sparse():
 def test_overlaps_by_blocks(monkeypatch):
     rows, directions = torch.randn(13, 5), torch.randn(9, 5)
     where = csr_array((torch.rand(13, 9) < 0.3).numpy())
-    monkeypatch.setattr("sdl_explorer.diagnosis.cofiring.CELLS", 20)
+    monkeypatch.setattr("sdl_explorer.diagnosis.sparse.CELLS", 20)
     expected = (rows @ directions.T).numpy()[where.toarray() != 0]
     np.testing.assert_allclose(overlaps(rows, directions, where), expected, rtol=1e-5)
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sdl_explorer.data.activations import Activations
 from sdl_explorer.diagnosis.observe import block_rows, encoded, evaluating
+from sdl_explorer.diagnosis.sparse import Csr
 from sdl_explorer.models.dictionary import SparseDictionary
 
 MOST_ENTRIES = 2**27  # pairs of a latent and a direction that fires it: 1.6 GB at one magnitude
@@ -21,7 +22,7 @@ def respond_alone(
     magnitudes: Float[np.ndarray, "n_levels n_features"] | None = None,
     offset: Float[Tensor, " d_in"] | None = None,
     pulse: Callable[[], None] = lambda: None,
-) -> tuple[csr_array, Float[np.ndarray, "n_levels n_entries"]]:
+) -> tuple[Csr, Float[np.ndarray, "n_levels n_entries"]]:
     """Which directions fire which latents, each direction shown alone at its magnitudes (None: 1).
 
     Returns a CSR matrix (n_latents, n_features) that holds the share of the levels at which a latent fires, where it does at
@@ -32,7 +33,8 @@ def respond_alone(
     levels = torch.ones(1, n_features) if magnitudes is None else torch.as_tensor(magnitudes)
     levels = levels.to(dictionary.device)
     size = max(1, block_rows(max(n_latents, dictionary.d_in, dictionary.d_out)) // len(levels))
-    found, n_found = [], 0
+    found: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+    n_found = 0
     with evaluating(dictionary):
         for start in range(0, n_features, size):
             span = slice(start, min(start + size, n_features))
@@ -45,9 +47,9 @@ def respond_alone(
                     f"directions; {MOST_ENTRIES:,} are kept. Give fewer directions, or a sparser dictionary."
                 )
             pulse()
-    latent, feature = (np.concatenate(parts) for parts in list(zip(*found, strict=True))[:2])
+    latent, feature = (np.concatenate([part[side] for part in found]) for side in (0, 1))
     responses = np.concatenate([part[2] for part in found], axis=1)
-    places = csr_array(coo_array((np.arange(1, n_found + 1), (latent, feature)), shape=(n_latents, n_features)))
+    places: Csr = csr_array(coo_array((np.arange(1, n_found + 1), (latent, feature)), shape=(n_latents, n_features)))
     places.sort_indices()
     responses = responses[:, places.data - 1]
     shares = (responses > 0).mean(axis=0, dtype=np.float32) if n_found else np.zeros(0, dtype=np.float32)

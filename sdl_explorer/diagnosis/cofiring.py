@@ -3,7 +3,6 @@
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from jaxtyping import Float, Int
 from scipy.sparse import csr_array, hstack, vstack
 from torch import Tensor
@@ -11,10 +10,10 @@ from torch import Tensor
 from sdl_explorer.data.activations import Activations
 from sdl_explorer.diagnosis.directions import Directions, directions_of
 from sdl_explorer.diagnosis.observe import Accumulator, Rows, Stream
+from sdl_explorer.diagnosis.sparse import Csr, like
 from sdl_explorer.models.dictionary import SparseDictionary
 
 PAIRS = 2**23  # latent-feature pairs that wait before they are added up
-CELLS = 2**22  # overlaps in a block
 
 
 class Together(NamedTuple):
@@ -26,8 +25,8 @@ class Together(NamedTuple):
     """
 
     n: int
-    count: csr_array
-    total: csr_array
+    count: Csr
+    total: Csr
     fired: Int[np.ndarray, " n_latents"]
     active: Int[np.ndarray, " n_features"]
     strength: Float[np.ndarray, " n_features"]
@@ -44,9 +43,9 @@ class CoFiring(Accumulator):
         self.codes, self.n_latents = true_codes(stream.activations), stream.dictionary.n_latents
         self.n_features = self.codes.shape[1]
         self.n, self.fired = 0, np.zeros(self.n_latents, dtype=np.int64)
-        self.both = csr_array((self.n_latents, self.n_features), dtype=np.complex64)
+        self.both: Csr = csr_array((self.n_latents, self.n_features), dtype=np.complex64)
         self.entries: list[tuple[np.ndarray, np.ndarray]] = []  # (feature, value) of every active code
-        self.waiting: list[tuple[csr_array, csr_array]] = []
+        self.waiting: list[tuple[Csr, Csr]] = []
         self.pairs = 0
         self.done: Together | None = None
 
@@ -94,7 +93,8 @@ class CoFiring(Accumulator):
         return np.where(active > 0, value[place] if len(value) else 1.0, 1.0).astype(np.float32)
 
     def _active(self) -> tuple[np.ndarray, np.ndarray]:
-        self.entries = [tuple(np.concatenate(parts) for parts in zip(*self.entries, strict=True))]
+        features, values = zip(*self.entries, strict=True)
+        self.entries = [(np.concatenate(features), np.concatenate(values))]
         return self.entries[0]
 
     def _flush(self) -> None:
@@ -102,22 +102,6 @@ class CoFiring(Accumulator):
             fires, active = zip(*self.waiting, strict=True)
             self.both = self.both + csr_array(hstack(fires, format="csr") @ vstack(active, format="csr"))
         self.waiting, self.pairs = [], 0
-
-
-def like(pattern: csr_array, data: np.ndarray) -> csr_array:
-    """A CSR matrix with other values at the same places; the index arrays are shared."""
-    return csr_array((data, pattern.indices, pattern.indptr), shape=pattern.shape)
-
-
-def only(matrix: csr_array, kept: np.ndarray) -> csr_array:
-    """The entries under a mask, as a CSR matrix of its own."""
-    ends = np.concatenate([[0], np.cumsum(kept)])[matrix.indptr]
-    return csr_array((matrix.data[kept], matrix.indices[kept], ends.astype(matrix.indptr.dtype)), shape=matrix.shape)
-
-
-def row_of(matrix: csr_array) -> Int[np.ndarray, " n_entries"]:
-    """The row of each stored entry."""
-    return np.repeat(np.arange(matrix.shape[0]), np.diff(matrix.indptr))
 
 
 def true_codes(activations: Activations) -> Float[Tensor, "n n_features"]:
@@ -135,24 +119,3 @@ def true_directions(activations: Activations, dictionary: SparseDictionary, find
             "HierarchyBench, or call check_health, which needs no truth."
         )
     return directions_of(activations, dictionary)
-
-
-def overlaps(rows: Float[Tensor, "n_latents d"], directions: Float[Tensor, "n_features d"], pattern: csr_array) -> np.ndarray:
-    """<rows_i, directions_k> at the entries of a CSR matrix, a block of latents at a time."""
-    data = np.empty(pattern.nnz, dtype=np.float32)
-    place = np.zeros(pattern.shape[1], dtype=np.int64)
-    n, start = pattern.shape[0], 0
-    while start < n:
-        # the features that occur among these latents alone: few rows of data touch few of a million
-        stop = max(start + 1, min(n, start + max(1, CELLS // pattern.shape[1])))
-        span = slice(pattern.indptr[start], pattern.indptr[stop])
-        columns = pattern.indices[span]
-        there = np.zeros(pattern.shape[1], dtype=bool)
-        there[columns] = True
-        used = np.flatnonzero(there)
-        place[used] = np.arange(len(used))
-        block = (rows[start:stop].float() @ directions[torch.as_tensor(used, device=directions.device)].T).cpu().numpy()
-        lines = np.repeat(np.arange(stop - start), np.diff(pattern.indptr[start : stop + 1]))
-        data[span] = block[lines, place[columns]]
-        start = stop
-    return data

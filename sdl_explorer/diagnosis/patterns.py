@@ -6,13 +6,13 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
-from scipy.sparse import csr_array
 from torch import Tensor
 
 from sdl_explorer.data.activations import Activations
 from sdl_explorer.diagnosis.alone import respond_alone, scales_freely
-from sdl_explorer.diagnosis.cofiring import CoFiring, like, only, overlaps, row_of, true_directions
+from sdl_explorer.diagnosis.cofiring import CoFiring, true_directions
 from sdl_explorer.diagnosis.observe import Accumulator, Rows, Stream, finding, observe
+from sdl_explorer.diagnosis.sparse import Csr, like, only, overlaps, row_maxima, row_of, row_sums
 from sdl_explorer.models.dictionary import SparseDictionary
 
 POLY = 1.5  # effective features from which a latent is polysemantic
@@ -61,11 +61,11 @@ class Patterns:
 
     n_samples: int
     names: tuple[str, ...]
-    fires: csr_array
+    fires: Csr
     responses: Float[np.ndarray, "n_levels n_entries"]
     magnitudes: Float[np.ndarray, "n_levels n_features"]
-    context: csr_array
-    share: csr_array
+    context: Csr
+    share: Csr
     effective_features: Float[np.ndarray, " n_latents"]
     selectivity: Float[np.ndarray, " n_latents"]
     participation: Float[np.ndarray, " n_latents"]
@@ -99,7 +99,7 @@ class Patterns:
         span = self._span(self.fires, latent)
         return self.fires.indices[span][self.fires.data[span] > share].astype(np.int64)
 
-    def pattern(self, share: float = 0.0) -> csr_array:
+    def pattern(self, share: float = 0.0) -> Csr:
         """All sets F_i as a boolean matrix."""
         kept = self.fires.data > share
         return only(like(self.fires, kept), kept)
@@ -133,7 +133,7 @@ class Patterns:
             participation=float(self.participation[latent]),
         )
 
-    def _span(self, of: csr_array, latent: int) -> slice:
+    def _span(self, of: Csr, latent: int) -> slice:
         if not 0 <= latent < self.n_latents:
             raise ValueError(f"Patterns: latent {latent} does not exist; there are {self.n_latents}.")
         return slice(of.indptr[latent], of.indptr[latent + 1])
@@ -160,7 +160,7 @@ class _Tracer(Accumulator):
         fires, responses = respond_alone(dictionary, features.inputs, magnitudes, offset, self.stream.pulse)
         context, share = self._driven()
         selectivity, participation = _spread(fires, responses.mean(axis=0))
-        squares = _row_sums(like(share, share.data.astype(np.float64) ** 2))
+        squares = row_sums(like(share, share.data.astype(np.float64) ** 2))
         effective = np.divide(1.0, squares, out=np.zeros_like(squares), where=squares > 0)
         silent = together.fired == 0
         dead = _dead(silent, self.since, self.dead_after, together.n)
@@ -191,7 +191,7 @@ class _Tracer(Accumulator):
         offset = self.stream.input_mean - explained
         return offset if offset.norm() > NO_OFFSET * self.size / self.cofiring.n else None
 
-    def _driven(self) -> tuple[csr_array, csr_array]:
+    def _driven(self) -> tuple[Csr, Csr]:
         """P(fires | active), and p_k, for the features whose activations add to the latent's pre-activation where it fires.
 
         drive_ik = sum over the latent's firing rows of relu(codes_k <W_enc_i, w_p^k>);  p_k = drive_ik / sum_k drive_ik
@@ -200,7 +200,7 @@ class _Tracer(Accumulator):
         drive = np.maximum(overlaps(self.stream.dictionary.W_enc, self.features.inputs, together.total), 0) * together.total.data
         drive, count = only(like(together.total, drive.astype(np.float64)), drive > 0), only(together.count, drive > 0)
         context = like(count, (count.data / together.active[count.indices]).astype(np.float32))
-        return context, like(drive, (drive.data / _row_sums(drive)[row_of(drive)]).astype(np.float32))
+        return context, like(drive, (drive.data / row_sums(drive)[row_of(drive)]).astype(np.float32))
 
 
 @finding(_Tracer)
@@ -241,26 +241,13 @@ def capacities(rows: Float[Tensor, "n d"]) -> Float[np.ndarray, " n"]:
     return torch.where(seen > 0, rows.square().sum(dim=1).square() / seen.clamp_min(torch.finfo(torch.float64).tiny), 0.0).cpu().numpy()
 
 
-def _row_sums(matrix: csr_array) -> np.ndarray:
-    """Sums of the stored values of each row, (n_rows,), in double precision."""
-    return np.bincount(row_of(matrix), weights=matrix.data, minlength=matrix.shape[0]).astype(np.float64)
-
-
-def _row_maxima(matrix: csr_array) -> np.ndarray:
-    """The largest stored value of each row, 0 where there is none; values are >= 0."""
-    some, largest = np.flatnonzero(np.diff(matrix.indptr)), np.zeros(matrix.shape[0])
-    if len(some):
-        largest[some] = np.maximum.reduceat(matrix.data, matrix.indptr[some])
-    return largest
-
-
-def _spread(fires: csr_array, responses: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _spread(fires: Csr, responses: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Selectivity and participation ratio of each latent's responses; 0 for a latent without any."""
     responses = responses.astype(np.float64)
-    first = _row_maxima(like(fires, responses))
+    first = row_maxima(like(fires, responses))
     top = responses == first[row_of(fires)]
-    second = np.where(_row_sums(like(fires, top)) > 1, first, _row_maxima(like(fires, np.where(top, 0, responses))))
-    total, squares = _row_sums(like(fires, responses)), _row_sums(like(fires, responses**2))
+    second = np.where(row_sums(like(fires, top)) > 1, first, row_maxima(like(fires, np.where(top, 0, responses))))
+    total, squares = row_sums(like(fires, responses)), row_sums(like(fires, responses**2))
     selectivity = np.divide(first - second, first, out=np.zeros_like(first), where=first > 0)
     return selectivity, np.divide(total**2, squares, out=np.zeros_like(first), where=first > 0)
 

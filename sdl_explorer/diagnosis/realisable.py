@@ -10,6 +10,7 @@ from scipy.sparse import csr_array, issparse
 from torch import Tensor
 
 from sdl_explorer.diagnosis.alone import respond_alone
+from sdl_explorer.diagnosis.sparse import Csr
 from sdl_explorer.models.dictionary import SparseDictionary
 from sdl_explorer.models.methods.jumprelu import JumpRectified
 from sdl_explorer.models.methods.relu import Rectified
@@ -42,7 +43,7 @@ class Realisation:
     impossible: Bool[np.ndarray, " n_latents"]
     W_enc: Float[np.ndarray, "n_latents d_in"]
     b_enc: Float[np.ndarray, " n_latents"]
-    certificate: csr_array
+    certificate: Csr
     residual: float
     threshold: float
     k: int | None

@@ -7,10 +7,11 @@ import torch
 from jaxtyping import Bool, Float, Int
 
 from sdl_explorer.data.activations import Activations
-from sdl_explorer.diagnosis.cofiring import CoFiring, Together, like, row_of, true_codes, true_directions
+from sdl_explorer.diagnosis.cofiring import CoFiring, Together, true_codes, true_directions
 from sdl_explorer.diagnosis.cosines import cosines_of, latent_blocks
 from sdl_explorer.diagnosis.matching import Matcher
 from sdl_explorer.diagnosis.observe import Accumulator, Rows, Stream, finding, observe
+from sdl_explorer.diagnosis.sparse import row_of
 from sdl_explorer.models.dictionary import SparseDictionary
 
 MERGED = 0.5  # signed cosine of a decoder row with two features that it may have merged: equal parts of two give 0.71, of four 0.5
@@ -209,16 +210,12 @@ def score_recovery(dictionary: SparseDictionary, activations: Activations, tau: 
 
 def _best_classifiers(together: Together) -> tuple[np.ndarray, np.ndarray]:
     """The latent with the largest F1 for each feature, the first of equal ones; -1 and 0 where none fires with it."""
-    f1 = 2 * together.count.data.astype(np.float64) / (together.fired[row_of(together.count)] + together.active[together.count.indices])
-    by_feature = like(together.count, f1).tocsc()
-    n_features = by_feature.shape[1]
-    best, score = np.full(n_features, -1, dtype=np.int64), np.zeros(n_features)
-    some = np.flatnonzero(np.diff(by_feature.indptr))
-    if len(some):
-        score[some] = np.maximum.reduceat(by_feature.data, by_feature.indptr[some])
-        feature = np.repeat(np.arange(n_features), np.diff(by_feature.indptr))
-        at = np.flatnonzero(by_feature.data == score[feature])[::-1]  # the last one written, the first latent, stays
-        best[feature[at]] = by_feature.indices[at]
+    latent, feature = row_of(together.count), together.count.indices
+    f1 = 2 * together.count.data / (together.fired[latent] + together.active[feature])
+    best, score = np.full(len(together.active), -1, dtype=np.int64), np.zeros(len(together.active))
+    np.maximum.at(score, feature, f1)
+    at = np.flatnonzero(f1 == score[feature])[::-1]  # the last one written, the first latent, stays
+    best[feature[at]] = latent[at]
     return best, score
 
 
