@@ -69,6 +69,15 @@ def test_copies_merged_missed_and_dead(order, noise):
     assert found.classifier_f1[:4].tolist() == pytest.approx([1, 2 / 3, 2 / 3, 1])
 
 
+def test_a_child_that_took_its_parent_with_it_is_merged():
+    """An absorbing latent writes parent and child; the parent has its own latent as well, and is recovered."""
+    rows = one_at_a_time(3)
+    W_dec = torch.stack([torch.eye(3)[0], (torch.eye(3)[0] + torch.eye(3)[1]) / 2**0.5])
+    found = score_recovery(SparseDictionary(torch.eye(3)[:2], W_dec), rows)
+    assert found.status.tolist() == ["recovered", "merged", "missed"]
+    assert found.matching.tolist() == [0, 1, -1] and found.matching_cosine[2] == 0
+
+
 def test_minus_a_feature_matches_it_in_absolute_value_alone():
     rows = one_at_a_time(2)
     found = score_recovery(SparseDictionary(torch.eye(2), -torch.eye(2)), rows)
@@ -168,6 +177,17 @@ def test_one_pass_with_others_in_blocks_of_any_size(block, monkeypatch):
     patterns, together = observe(dictionary, rows, [trace_patterns, score_recovery], block=block)
     same(alone, together)
     np.testing.assert_allclose(patterns.firing_rate, trace_patterns(dictionary, rows).firing_rate)
+
+
+def test_on_each_device(device):
+    rows, W, bias = looking()
+    dictionary = SparseDictionary(W, W.clone(), bias)
+    here = [trace_patterns(dictionary, rows), score_recovery(dictionary, rows)]
+    there = observe(dictionary.to(device), rows.to(device), [trace_patterns, score_recovery])
+    same(here[1], there[1])
+    np.testing.assert_allclose(here[0].share.toarray(), there[0].share.toarray(), atol=1e-5)
+    np.testing.assert_allclose(here[0].fires.toarray(), there[0].fires.toarray())
+    assert here[0].status.tolist() == there[0].status.tolist()
 
 
 def test_nothing_ever_fires():

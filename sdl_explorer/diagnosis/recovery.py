@@ -35,7 +35,7 @@ class Recovery:
     best_latent, best_cosine    signed
     n_latents_above       latents whose decoder row has signed cosine tau or more with it: more than one is one-to-many
     classifier, classifier_f1   the latent with the best F1 for it, whatever its direction; -1 and 0 where none ever fires with it
-    status                "recovered" | "one-to-many" | "merged" (none at tau; its best latent is also another such feature's) | "missed"
+    status                "recovered" | "one-to-many" | "merged" (none at tau; its best latent writes another feature too) | "missed"
 
     l0, true_l0           mean number of latents that fire, and of features that are active, a row
     shrinkage             mean |recon| / |x_r| over rows that are not zero (sae-lens's meaning; `slope` is the other)
@@ -107,8 +107,7 @@ class _Scorer(Accumulator):
         n_latents, n_features = len(W_dec), len(targets)
         self.feature, self.cosine = torch.zeros(n_latents, dtype=torch.int64), torch.zeros(n_latents)
         self.best_latent, self.best_cosine = torch.full((n_features,), -1), torch.full((n_features,), -torch.inf)
-        self.above = torch.zeros(n_features, dtype=torch.int64)
-        pairs = []
+        self.above, self.n_near = torch.zeros(n_features, dtype=torch.int64), torch.zeros(n_latents, dtype=torch.int64)
         for latents, _ in latent_blocks(n_features, torch.zeros(n_latents, dtype=torch.bool, device=W_dec.device)):
             cosines = cosines_of(W_dec[latents], targets)
             best = cosines.abs().argmax(dim=0)
@@ -118,12 +117,10 @@ class _Scorer(Accumulator):
             better = top > self.best_cosine
             self.best_latent[better], self.best_cosine[better] = where[at[better]], top[better]
             self.above += (cosines >= self.tau).sum(dim=1).cpu()
-            feature, latent = (part.cpu() for part in (cosines >= MERGED).nonzero(as_tuple=True))
-            pairs.append((feature, where[latent]))
+            self.n_near[where] = (cosines >= MERGED).sum(dim=0).cpu()
             if self.matcher:
                 self.matcher.add(cosines, latents)
             self.stream.pulse()
-        self.near = tuple(torch.cat(parts).numpy() for parts in zip(*pairs, strict=True))
 
     def add(self, rows: Rows) -> None:
         latent, row, value = (part.cpu() for part in rows.entries)
@@ -179,11 +176,9 @@ class _Scorer(Accumulator):
         return (cosine >= self.tau) & (self.best_latent.numpy()[feature] != np.arange(len(feature)))
 
     def _status(self) -> np.ndarray:
-        """Below tau, a feature is merged when its best latent is also near another feature below tau."""
-        above, best, feature, latent = self.above.numpy(), self.best_latent.numpy(), *self.near
-        open_ = above[feature] == 0
-        shared = np.bincount(latent[open_], minlength=len(self.feature))[best]
-        merged = (self.best_cosine.numpy() >= MERGED) & (shared > 1)
+        """Below tau, a feature is merged when its best latent is near another feature too: one that both fire, or its parent."""
+        above, shared = self.above.numpy(), self.n_near[self.best_latent].numpy() > 1
+        merged = shared & (self.best_cosine.numpy() >= MERGED)
         return np.where(above > 1, "one-to-many", np.where(above == 1, "recovered", np.where(merged, "merged", "missed")))
 
 
