@@ -1,7 +1,7 @@
 """Absorption where the answer is known: what `find_absorption` says of it, beside what was published.
 
-    python benchmarks/absorption.py                     all four parts, minutes on one core
-    python benchmarks/absorption.py --parts delta hedging
+    python benchmarks/absorption.py             some ten minutes of one core
+    python benchmarks/absorption.py --report    the tables again, from the runs.csv that is there
 
 delta     planted partial absorption, enc = f0 - delta f1 and dec = f1 + delta f0 (Chanin et al. 2024, appendix A.2): no training
 toy       their four features in 50 dimensions, one inside another, or not; ReLU with an L1 penalty
@@ -16,7 +16,6 @@ import argparse
 import itertools
 import math
 import platform
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -108,25 +107,25 @@ TREES = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", choices=PARTS, nargs="+", default=list(PARTS))
+    parser.add_argument("--report", action="store_true")
     parser.add_argument("--toy-seeds", type=int, default=8)
     parser.add_argument("--tree-seeds", type=int, default=6)
     parser.add_argument("--out", type=Path, default=OUT)
     options = parser.parse_args()
     torch.set_num_threads(1)
     options.out.mkdir(parents=True, exist_ok=True)
-    runs, text = [], []
-    for part in options.parts:
-        rows, section = PARTS[part](options)
-        runs += rows
-        text.append(section)
+    path = options.out / "runs.csv"
+    if not options.report:
+        runs = [*train_toys(options.toy_seeds), *train_trees(options.tree_seeds)]
+        pd.DataFrame(runs).to_csv(path, index=False, float_format="%.5g")
+    runs = pd.read_csv(path)
     head = (
-        f"# Absorption with known answers\n\n`python benchmarks/absorption.py`, {time.process_time() / 60:.0f} minutes of one CPU core "
-        f"({platform.machine()}, torch {torch.__version__}). Each trained row is judged on {JUDGE_ROWS:,} fresh rows."
+        f"`python benchmarks/absorption.py`, some ten minutes of one CPU core ({platform.machine()}, torch {torch.__version__}). "
+        f"Every trained dictionary is in runs.csv, judged on {JUDGE_ROWS:,} fresh rows."
     )
-    (options.out / "README.md").write_text("\n\n".join([head, *text]) + "\n")
-    if runs:
-        pd.DataFrame(runs).to_csv(options.out / "runs.csv", index=False, float_format="%.5g")
+    toys, trees = (runs[runs["part"] == part] for part in ("toy", "tree"))
+    sections = [expectations(toys, trees), delta_table(), toy_table(toys), tree_table(trees), hedging_table()]
+    (options.out / "README.md").write_text("\n\n".join(["# Absorption with known answers", head, *sections]) + "\n")
 
 
 # training and measuring ---------------------------------------------------------------------------------------------------
@@ -170,7 +169,7 @@ def measure(dictionary: SparseDictionary, source: Source, seed: int) -> tuple[Ab
 # the parts ----------------------------------------------------------------------------------------------------------------
 
 
-def delta_table(options) -> tuple[list, str]:
+def delta_table() -> str:
     """Planted absorption, against its closed form."""
     source = HierarchyBench(parents=1, children=1, independent=0, d_in=2, parent_probability=0.5, child_probability=0.5)
     judge = source.sample(2_000, stream(0, "judge"))
@@ -189,79 +188,102 @@ def delta_table(options) -> tuple[list, str]:
     names = ["delta", "cos(enc, dec) parent", "child", "cos(dec, dec)", "parent, both active", "fraction", "full", "kind"]
     closed = "Closed form: 1/sqrt(1 + delta^2) twice, delta/sqrt(1 + delta^2), 1 - delta, delta from 0.4 on, [delta = 1]."
     text = ["## Planted, partial (Chanin et al. 2024, A.2)", table(names, lines), f"{closed} Largest difference: {worst:.1e}."]
-    return [], "\n\n".join(text)
+    return "\n\n".join(text)
 
 
-def toys(options) -> tuple[list, str]:
-    """One line a setting, medians over seeds."""
-    runs = []
+def train_toys(seeds: int) -> Iterator[dict]:
     for name, (settings, method, n_latents, lr, steps) in TOYS.items():
-        for seed in range(options.toy_seeds):
+        for seed in range(seeds):
             source = FourFeatures(seed=seed, **settings)
             found, row = measure(trained(source, method, n_latents, lr, steps, seed), source, seed)
-            runs.append({"part": "toy", "setting": name, "seed": seed, "kind": found.edges[0].kind, **row})
-        say(runs, name)
-    columns = ["child_writes_parent", "parent_reads_child", "fires_with", "parent_with", "fraction", "explained", "mcc"]
-    names = [
-        "",
-        "cos(child dec, f0)",
-        "cos(parent enc, f1)",
-        "P(parent fires, both)",
-        "parent written, both",
-        "fraction",
-        "explained",
-        "MCC",
-    ]
-    lines = []
-    for name, rows in grouped(runs):
-        lines.append([name, *(f"{value:.3f}" for value in rows[columns].median()), kinds_of(rows)])
+            yield {"part": "toy", "setting": name, "seed": seed, **row}
+            print(name, seed, found.edges[0].kind, found.edges[0].why, flush=True)
+
+
+def train_trees(seeds: int) -> Iterator[dict]:
+    for name, (method, lr, steps) in TREES.items():
+        for seed in range(seeds):
+            source = HierarchyBench(seed=seed)
+            found, row = measure(trained(source, method, 20, lr, steps, seed), source, seed)
+            yield {"part": "tree", "setting": name, "seed": seed, **row}
+            print(name, seed, found, flush=True)
+
+
+SHOWN = {
+    "fires_with": "P(parent fires, both)",
+    "parent_with": "parent written, both",
+    "child_writes_parent": "cos(child dec, parent)",
+    "parent_reads_child": "cos(parent enc, child)",
+    "encoder_decoder_parents": "cos(enc, dec) parents",
+    "fraction": "fraction",
+    "explained": "explained",
+    "mcc": "MCC",
+    "l0": "L0",
+    "dead": "dead",
+}
+
+
+def toy_table(runs: pd.DataFrame) -> str:
     text = [
         "## Four features, one inside another (Chanin et al. 2024)",
-        f"d=50, orthogonal, P(f0) = 0.25, P(f1 | f0) = 0.2, batches of {BATCH}, seeds 0 to {options.toy_seeds - 1}, medians; the last "
-        "column counts seeds.",
-        table([*names, "the edge f0 > f1"], lines),
-        "Published: clean where independent, absorbed where f1 is inside f0, partly where magnitudes vary (the "
-        "parent at .22 to .12 with the child), .67 where f1 is alone in 5 % of its rows, clean with tied weights.",
+        f"f0 (parent) and f1 (child), orthogonal in 50 dimensions; P(f0) = 0.25, P(f1 | f0) = 0.2, f2 and f3 0.05; batches of {BATCH}. "
+        f"Medians of seeds 0 to {runs['seed'].max()}; the last column counts seeds.",
+        summary(runs, "median"),
+        "Published, in words: clean where independent, absorbed where f1 is inside f0, partly where magnitudes vary (the parent at .22 "
+        "to .12 with the child), the parent at .67 where f1 is alone in 5 % of its rows, clean with tied weights. *Independent, 8 latents*: "
+        "truth calls f1 a child there only so that the question can be put, and in one seed a spare latent took the rows of both (its "
+        "decoder is their sum); three others write f0 alone.",
     ]
-    return runs, "\n\n".join(text)
+    return "\n\n".join(text)
 
 
-def trees(options) -> tuple[list, str]:
-    runs = []
-    for name, (method, lr, steps) in TREES.items():
-        for seed in range(options.tree_seeds):
-            source = HierarchyBench(seed=seed)
-            _, row = measure(trained(source, method, 20, lr, steps, seed), source, seed)
-            runs.append({"part": "tree", "setting": name, "seed": seed, **row})
-        say(runs, name)
-    columns = [
-        "fires_with",
-        "child_writes_parent",
-        "parent_reads_child",
-        "fraction",
-        "encoder_decoder_parents",
-        "mcc",
-        "explained",
-        "l0",
-        "dead",
-    ]
-    names = ["", "P(parent fires, child)", "cos(child dec, parent)", "cos(parent enc, child)", "fraction", "cos(enc, dec) parents"]
-    lines = []
-    for name, rows in grouped(runs):
-        count = rows[list(KINDS)].sum()
-        edges = ", ".join(f"{int(n)} {kind}" for kind, n in count.items() if n)
-        lines.append([name, *(f"{value:.3f}" for value in rows[columns].mean()), edges])
+def tree_table(runs: pd.DataFrame) -> str:
     text = [
         "## The tree (Nabeshima 2024; Bussmann et al. 2025)",
-        f"20 latents, true L0 1.12, {options.tree_seeds} seeds (0 to {options.tree_seeds - 1}), means; {9 * options.tree_seeds} edges.",
-        table([*names, "MCC", "explained", "L0", "dead", "edges"], lines),
-        f"Fully absorbed, MCC is (11 + 9/sqrt 2)/20 = {TREE_MCC:.3f}, L0 0.85 (1.12 - 0.27), the child's decoder at .707 to the parent and "
-        "the parent's encoder and decoder at 1/2; explained variance sees nothing of it.",
+        f"20 latents, true L0 1.12. Means of seeds 0 to {runs['seed'].max()}; the last column counts edges, nine a seed.",
+        summary(runs, "mean"),
+        f"Fully absorbed, MCC is (11 + 9/sqrt 2)/20 = {TREE_MCC:.3f}, L0 0.85 (1.12 - 0.27), a child's decoder at .707 to the parent, and "
+        "a parent's encoder at 1/2 to its decoder; explained variance sees nothing of it. Nested prefixes cure it, and "
+        "the parent's latent holds a little of each child instead, the hedging of inner levels that Chanin et al. 2025 describe.",
     ]
-    return runs, "\n\n".join(text)
+    return "\n\n".join(text)
 
 
-def hedging(options) -> tuple[list, str]:
+def expectations(toys: pd.DataFrame, trees: pd.DataFrame) -> str:
+    """What was published or follows from a closed form, and what came out."""
+    counts = toys.groupby("setting")[list(KINDS)].sum()
+    seeds = toys.groupby("setting")["seed"].count()
+    tree, edges = trees.groupby("setting")[list(KINDS)].sum(), 9 * trees.groupby("setting")["seed"].count()
+    means = trees.groupby("setting")[["mcc", "explained"]].mean()
+    lines = []
+
+    def expect(words: str, figure: str, met: bool) -> None:
+        lines.append([words, figure, "yes" if met else "no"])
+
+    for name in ("f1 inside f0, 8 latents", "f1 inside f0, 4 latents", "f1 inside f0, 4 latents, l1 0.003"):
+        n = counts.loc[name, "absorbed"]
+        expect(f"{name}: absorbed in most seeds", f"{n} of {seeds[name]}", n > seeds[name] / 2)
+    for name in ("independent, 8 latents", "independent, 4 latents"):
+        expect(f"{name}: in none", f"{counts.loc[name, 'absorbed']} of {seeds[name]}", counts.loc[name, "absorbed"] == 0)
+    n = counts.loc["magnitudes 1 +- 0.1", "partly absorbed"]
+    expect("magnitudes vary: partly in most", f"{n} of {seeds['magnitudes 1 +- 0.1']}", n > seeds["magnitudes 1 +- 0.1"] / 2)
+    written = toys[toys["setting"] == "f1 alone in 5 % of its rows"]["parent_with"].median()
+    expect("f1 alone in 5 % of its rows: the parent at .67 with the child", f"{written:.2f}", abs(written - 0.67) < 0.1)
+    n = counts.loc["tied weights", ["absorbed", "partly absorbed"]].sum()
+    expect("tied weights: clean", f"{n} of {seeds['tied weights']} absorbed", n == 0)
+    for name in ("ReLU, l1 0.02", "ReLU, l1 0.1"):
+        absorbed = tree.loc[name, ["absorbed", "partly absorbed"]].sum()
+        mcc, explained = means.loc[name]
+        expect(f"tree, {name}: absorbed, in full or part", f"{absorbed} of {edges[name]} edges", absorbed > 0.9 * edges[name])
+        met = abs(mcc - TREE_MCC) < 0.01 and explained > 0.99
+        expect(f"tree, {name}: MCC {TREE_MCC:.3f}, explained 1", f"{mcc:.3f}, {explained:.3f}", met)
+    for name in ("random prefixes, l1 0.02", "random prefixes, l1 0.1", "Matryoshka(k=2)"):
+        absorbed = tree.loc[name, ["absorbed", "partly absorbed"]].sum()
+        expect(f"tree, {name}: cured (at most a tenth absorbed)", f"{absorbed} of {edges[name]} edges", absorbed <= 0.1 * edges[name])
+    return "\n\n".join(["## Expected, and what came out", table(["expected", "came out", "met"], lines)])
+
+
+def hedging_table() -> str:
     lines = []
     for p10, p11, parent, child in HEDGES:
         active = p10 + p11
@@ -283,7 +305,7 @@ def hedging(options) -> tuple[list, str]:
         "A hedge has the child with a plus in both rows of the parent's latent and no gap; absorption has it with a minus in the encoder. "
         "A hedge that holds the child as much as the parent (at least half, and no other latent is nearer to the child) is called merged.",
     ]
-    return [], "\n\n".join(text)
+    return "\n\n".join(text)
 
 
 def single_latent(source: Source, steps: int = 1_500) -> torch.Tensor:
@@ -301,28 +323,17 @@ def single_latent(source: Source, steps: int = 1_500) -> torch.Tensor:
     return (w / w.norm()).detach()
 
 
-PARTS = {"delta": delta_table, "toy": toys, "tree": trees, "hedging": hedging}
-
-
-# words --------------------------------------------------------------------------------------------------------------------
-
-
-def grouped(runs: list[dict]) -> Iterator[tuple[str, pd.DataFrame]]:
-    yield from pd.DataFrame(runs).groupby("setting", sort=False)
-
-
-def kinds_of(rows: pd.DataFrame) -> str:
-    return ", ".join(f"{n} {kind}" for kind, n in rows["kind"].value_counts().items())
+def summary(runs: pd.DataFrame, of: str) -> str:
+    lines = []
+    for name, rows in runs.groupby("setting", sort=False):
+        kinds = ", ".join(f"{n} {kind}" for kind, n in rows[list(KINDS)].sum().items() if n)
+        lines.append([str(name), *(f"{value:.3f}" for value in rows[list(SHOWN)].agg(of)), kinds])
+    return table(["", *SHOWN.values(), "kinds"], lines)
 
 
 def table(names: list[str], lines: list[list[str]]) -> str:
     head = f"| {' | '.join(names)} |\n|---|" + "---:|" * (len(names) - 1)
     return "\n".join([head, *(f"| {' | '.join(line)} |" for line in lines)])
-
-
-def say(runs: list[dict], name: str) -> None:
-    rows = pd.DataFrame([run for run in runs if run["setting"] == name])
-    print(name, rows.drop(columns=["part", "setting", "seed", "kind"], errors="ignore").mean().round(3).to_dict(), flush=True)
 
 
 if __name__ == "__main__":
