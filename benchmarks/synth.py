@@ -210,6 +210,8 @@ def train_theirs(plan_path: Path) -> None:
     source = Rows(bench, None if plan["rows"] is None else Path(plan["rows"]), plan["seed"])
     widths = [round(share * protocol.n_latents) for share in (*SHARES, 1)]
     for job in plan["jobs"]:
+        if (Path(job["out"]) / "seconds.json").exists():  # of a run that was interrupted
+            continue
         torch.manual_seed(plan["seed"])
         kind, config = kinds[job["method"]]
         nested = {"matryoshka_widths": widths} if job["method"] == "Matryoshka" else {}

@@ -25,6 +25,7 @@ from sdl_explorer.training.state import Schedule, TrainState
 def candidates(request, monkeypatch):
     """Where candidates come from, whatever the machine has."""
     monkeypatch.setenv(products.CANDIDATES, request.param)
+    monkeypatch.setattr(products, "ROWS", 0)
     return request.param
 
 

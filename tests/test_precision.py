@@ -84,6 +84,7 @@ def test_the_accelerators_selection_gives_float32_values_of_what_bfloat16_ranks(
 
 def test_certified_candidates_do_not_heed_autocast(monkeypatch):
     monkeypatch.setenv(products.CANDIDATES, "bfloat16")
+    monkeypatch.setattr(products, "ROWS", 0)
     dictionary, x = TopK(k=4).build(64, 64, 640, stream(0, "weights")), 5 + torch.randn(100, 64, generator=stream(0, "x"))
     outside = kernels.select_rows(x, dictionary, 4)
     with torch.autocast("cpu", torch.bfloat16):

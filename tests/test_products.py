@@ -13,6 +13,7 @@ from sdl_explorer.models.methods.topk import BatchTopKSelection, TopKSelection
 @pytest.fixture
 def in_bfloat16(monkeypatch):
     monkeypatch.setenv(products.CANDIDATES, "bfloat16")
+    monkeypatch.setattr(products, "ROWS", 0)
     monkeypatch.setattr(products, "BLOCK", 50)
     monkeypatch.setattr(products, "TILE", 120 * 160)
     monkeypatch.setattr(kernels, "SMALL", 0)
@@ -138,7 +139,8 @@ def test_rows_of_nan_or_infinity_are_kept_as_float32_keeps_them(in_bfloat16):
 
 @pytest.mark.parametrize("sigma", [TopKSelection(7), BatchTopKSelection(7)])
 def test_the_machine_decides_unless_it_is_told(monkeypatch, sigma):
-    dictionary, x = draw(sigma=sigma)
+    dictionary, x = draw(n=products.ROWS, sigma=sigma)
+    assert not products.in_bfloat16(x[1:], dictionary), "few rows do not pay for the rounding of the weights"
     for has in (False, True):
         monkeypatch.setattr(products, "machine_has_bfloat16", lambda has=has: has)
         monkeypatch.delenv(products.CANDIDATES, raising=False)

@@ -20,6 +20,7 @@ from sdl_explorer.models.dictionary import SparseDictionary
 GROUP = 16  # members of a group whose maximum stands for them
 BLOCK = 512  # rows whose pre-activations are held at a time on the CPU
 TILE = 2**23  # pre-activations that are, where latents are taken in turn
+ROWS = 512  # of a batch that earn what the rounding of the weights costs
 CANDIDATES = "SDL_EXPLORER_CANDIDATES"  # the environment variable that forces "float32" or "bfloat16"
 HALF = torch.bfloat16
 ULP = 2.0**-8  # relative error of a rounding to bfloat16, at most
@@ -36,11 +37,12 @@ def machine_has_bfloat16() -> bool:
 
 
 def in_bfloat16(inputs: Tensor, dictionary: SparseDictionary) -> bool:
-    """Do candidates come from a bfloat16 product? A fixed property of the machine, unless the environment says which."""
+    """Do candidates come from a bfloat16 product? A fixed property of the machine, unless the environment says which; never for
+    a handful of rows."""
     forced = os.environ.get(CANDIDATES, "")
     if forced not in ("", "float32", "bfloat16"):
         raise ValueError(f"{CANDIDATES} is {forced!r}; it may be 'float32' or 'bfloat16'. Unset it to let the machine decide.")
-    fits = inputs.device.type == "cpu" and inputs.dtype == dictionary.W_enc.dtype == torch.float32
+    fits = inputs.device.type == "cpu" and inputs.dtype == dictionary.W_enc.dtype == torch.float32 and len(inputs) >= ROWS
     return fits and (forced == "bfloat16" or (forced == "" and machine_has_bfloat16()))
 
 
