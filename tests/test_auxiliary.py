@@ -199,6 +199,7 @@ def dead_in_training(method, kind="sae") -> float:
 @pytest.mark.parametrize(
     ("cls", "plain", "kind"), [(TopKAux, TopK, "sae"), (TopKAux, TopK, "crosscoder"), (BatchTopKAux, BatchTopK, "transcoder")]
 )
+@pytest.mark.slow
 def test_dead_latents_come_back_and_those_of_the_control_do_not(cls, plain, kind):
     stayed, left = dead_in_training(plain(k=4), kind), dead_in_training(cls(k=4), kind)
     assert stayed > 20, "they stay dead without help"

@@ -372,6 +372,7 @@ def test_other_weights_are_refused(tmp_path):
 
 
 @pytest.mark.skipif(installed_weights() is None or importlib.util.find_spec("transformers") is None, reason="needs the weights")
+@pytest.mark.slow
 def test_minilm_is_captured_from_its_package():
     model, tokenizer = load_minilm()
     texts, labels, names = python_reference()

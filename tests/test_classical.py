@@ -25,6 +25,7 @@ def rows():
 
 
 @pytest.mark.parametrize("k", [None, 4])
+@pytest.mark.slow
 def test_a_planted_dictionary_is_found(rows, k):
     fit, judge = rows
     learned = learn_classically(fit, 16, alpha=0.2, k=k, centre=False)

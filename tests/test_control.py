@@ -111,6 +111,7 @@ def test_the_sham_is_read_off_the_commit(make):
 
 
 @pytest.mark.parametrize("pull", [0.0, 0.1])
+@pytest.mark.slow
 def test_the_sham_of_a_realign_turns_encoder_rows_alone(make, pull):
     session = make().train(200)
     session.realign(pull=pull)

@@ -54,6 +54,7 @@ def test_a_latent_that_never_fires_has_none():
     assert len(found.of(6)) == 24
 
 
+@pytest.mark.slow
 def test_random_examples_are_uniform_over_the_firing_rows():
     x = torch.arange(1.0, 13.0)[:, None] * torch.tensor([[1.0, -1.0]])
     x[::3] *= -1  # latent 0 fires on rows 1, 2, 4, 5, ...

@@ -109,6 +109,7 @@ def test_rewrites_keep_the_function():
 
 
 @pytest.mark.parametrize("kind", ["sae", "transcoder", "crosscoder"])
+@pytest.mark.slow
 def test_it_learns_as_sae_transcoder_and_crosscoder(kind):
     source = LinearBench(n_features=12, d_in=8, sparsity=0.8, max_interference=0.7, kind=kind)
     reached = {}
@@ -123,6 +124,7 @@ def test_it_learns_as_sae_transcoder_and_crosscoder(kind):
     assert reached[0.02] > reached[0.5] > 1, "the penalty makes codes sparser"
 
 
+@pytest.mark.slow
 def test_an_unlocked_decoder_shrinks_and_a_held_one_does_not():
     """Why unit_norm is the default: the penalty pulls on decoder norms, and nothing in the loss holds them."""
     source, norms = LinearBench(n_features=12, d_in=8, sparsity=0.8, max_interference=0.7), {}

@@ -215,6 +215,7 @@ def test_realign_says_beforehand_where_it_cannot(method, why):
         explorer.close()
 
 
+@pytest.mark.slow
 def test_a_realign_is_compared_with_controls(explorer):
     session, frame = explorer.session, shown(explorer, "Compare")
     press(explorer.desk.do, lambda: session.realign(least=20))

@@ -90,6 +90,7 @@ def test_resample_is_the_published_recipe(device):
             assert "/exp_avg" not in name or not after[name][DEAD].any(), name
 
 
+@pytest.mark.slow
 def test_rows_are_drawn_in_proportion_to_the_squared_loss():
     """A dictionary that writes nothing has loss |x|^2 = 1, 2, 3; their squares are 1 : 4 : 9."""
     dictionary = SparseDictionary(torch.ones(2, 3), torch.zeros(2, 3))

@@ -152,6 +152,7 @@ def test_without_inner_prefixes_it_is_batch_topk():
     assert torch.equal(found["error"], losses_of(plain, planted(plain.nonlinearity(N_LATENTS)), batch)["error"])
 
 
+@pytest.mark.slow
 def test_early_latents_explain_more_than_those_of_batch_topk():
     """What the nesting is for: the first eighth of the latents, alone, at one training for both."""
     source, explained = LinearBench(n_features=32, d_in=16, sparsity=0.9, max_interference=0.7), {}
@@ -225,6 +226,7 @@ def test_multiples_and_weights_that_do_not_fit_are_refused(settings, words):
         MultiTopK(k=K, **settings).build(4, 4, 32, torch.Generator())
 
 
+@pytest.mark.slow
 def test_several_k_are_better_than_one_when_read_at_another_k():
     """What it is for: trained at k=2, read at 8."""
     source, errors = LinearBench(n_features=32, d_in=16, sparsity=0.9, max_interference=0.7), {}

@@ -294,6 +294,7 @@ def test_unit_norm_is_an_option():
 @pytest.mark.parametrize(
     "method", [ReLU(l1=0.02, l0_target=6.0, l0_rate=0.05), JumpReLU(l0=60.0, l0_target=6.0, bandwidth=0.1, threshold=0.05)]
 )
+@pytest.mark.slow
 def test_l0_is_held_at_its_target(method):
     source = HierarchyBench(parents=0, independent=20, d_in=20, independent_probability=0.3, magnitude_std=0.3)
     dictionary = method.build(20, 20, 40, torch.Generator().manual_seed(0))

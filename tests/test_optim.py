@@ -175,6 +175,7 @@ def test_schedule_free_is_the_published_recurrence():
 
 
 @pytest.mark.parametrize("method", [ReLU(l1=0.01), JumpReLU(l0=0.01), TopK(k=2), TopK(k=2, tie="tied")], ids=str)
+@pytest.mark.slow
 def test_schedule_free_trains_and_chunks_do_not_matter(method):
     whole, split = (started(method, Schedule(lr=1e-2), FREE) for _ in range(2))
     losses = [float(s.losses["error"]) for s in go(whole, method, 100)]

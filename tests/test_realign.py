@@ -348,6 +348,7 @@ def session(monkeypatch):
         yield session.train(400)
 
 
+@pytest.mark.slow
 def test_encoder_recovery_rises_against_its_control(session):
     """The agreement of encoder and response is set by Realign and is no evidence; the cosine to the truth is."""
     session.realign(pull=0.3, choose_rows=20_000)

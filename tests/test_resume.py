@@ -50,6 +50,7 @@ def writer(tmp_path):
     process.stdout.close()
 
 
+@pytest.mark.slow
 def test_a_killed_run_is_followed_and_goes_on_bit_for_bit(writer):
     process, folder = writer
     with Session.open(folder, device="cpu") as follower:

@@ -62,6 +62,7 @@ def test_generated_rows_are_left_where_they_are():
 
 
 @pytest.mark.filterwarnings("ignore:Preflight")  # random weights fit nothing
+@pytest.mark.slow
 def test_centring_trains_better_on_rows_with_a_large_mean():
     """Random unit rows, moved far from zero: the centred start reconstructs them, a start at zero spends its latents on the mean."""
     truth = torch.nn.functional.normalize(torch.randn(24, 12, generator=stream(0)), dim=1)

@@ -306,6 +306,7 @@ def test_jumprelu_lifts_dead_latents_alone():
     assert one_step(JumpReLU(pre_loss=0.5), silent=99)[2]["pre"] == 0.0
 
 
+@pytest.mark.slow
 def test_jumprelu_brings_dead_latents_back_in_training():
     """The same run with and without the pre-activation loss, from a start with a quarter of the latents far below."""
 

@@ -101,6 +101,7 @@ def test_the_tied_gradient_is_the_sum_of_both_sides():
     torch.testing.assert_close(tied.W_enc.grad, free.W_enc.grad + free.W_dec.grad)
 
 
+@pytest.mark.slow
 def test_a_tied_topk_recovers_in_the_encoder_what_an_untied_one_does_not():
     """The known answer on the bench: a tied encoder follows the features, an untied one leans away from their interference."""
     bench = LinearBench(n_features=24, d_in=16, sparsity=0.9, max_interference=0.6)

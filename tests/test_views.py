@@ -14,6 +14,7 @@ from torch.nn.functional import normalize
 
 from sdl_explorer.data.activations import Activations, Examples, Truth
 from sdl_explorer.data.anchors import Anchors, Pins
+from sdl_explorer.diagnosis.absorption import find_absorption
 from sdl_explorer.diagnosis.alignment import align
 from sdl_explorer.diagnosis.compare import Control
 from sdl_explorer.diagnosis.drift import measure_drift
@@ -74,7 +75,13 @@ def found():
     worse = planted(rows)
     with torch.no_grad():
         worse.W_dec[3] = worse.W_dec[8]
+    family = replace(rows, truth=replace(rows.truth, parents=(None, 0, 0, *[None] * 9)))
+    absorbing = planted(family)
+    with torch.no_grad():  # latent 1 writes feature 0 beside its own, and latents 0 and 11 give way to it
+        absorbing.W_dec[1] = normalize(family.truth.target_features[:2].sum(0), dim=0)
+        absorbing.W_enc[[0, 11]] = family.truth.input_features[0] - 20 * family.truth.input_features[1]
     return {
+        find_absorption: find_absorption(absorbing, family),
         align: alignment,
         Before(align): align(worse, rows, pins=pins),
         check_health: health,
