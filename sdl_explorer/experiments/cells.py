@@ -27,7 +27,8 @@ ROWS = 50_000  # judge rows: the response direction of a latent that fires on 1 
 @dataclass(frozen=True)
 class Cell:
     """One run. `labels` tell it apart from its neighbours and become columns of the table; with `n_anchors`, that many true
-    features, drawn by the seed, are pulled at (arXiv 2512.05534, eq. 25-26) from the first step on, by the first latents.
+    features, drawn by the seed, are pulled at (arXiv 2512.05534, eq. 25-26) from the first step on, by the first latents. With
+    `pull`, encoder rows are turned to their responses after two thirds of the steps, and pulled there with that weight in the last.
     """
 
     labels: dict[str, object]
@@ -38,6 +39,7 @@ class Cell:
     seed: int = 0
     n_anchors: int = 0
     anchor_weight: float = 0.1
+    pull: float = 0.0
     settings: dict[str, object] = field(default_factory=dict)  # of the session: batch_size, lr, ...
 
     @property
@@ -49,7 +51,7 @@ class Cell:
     @property
     def record(self) -> dict:
         """Everything that decides what comes out."""
-        return {
+        record = {
             "labels": {k: str(v) for k, v in self.labels.items()},
             "source": self.source.fingerprint(),
             "describes": repr(self.source),
@@ -61,6 +63,7 @@ class Cell:
             "anchor_weight": self.anchor_weight,
             "settings": self.settings,
         }
+        return record | ({"pull": self.pull} if self.pull else {})
 
 
 def run_cells(cells: Iterable[Cell], folder: Path, device: str = "auto", say: Callable[[str], None] = lambda text: None) -> pd.DataFrame:
@@ -90,12 +93,19 @@ def run_cell(cell: Cell, folder: Path, device: str = "auto") -> dict[str, float]
             raise ValueError(f"{folder}: holds a cell of other settings. Name another folder, or remove this one.")
         return kept["numbers"]
     with _session(cell, folder / "run", device) as session:
-        if session.step < cell.steps:
-            session.train(cell.steps - session.step)
-            session.save(session.folder)
+        if cell.pull and session.pulls is None:
+            _train_to(session, 2 * cell.steps // 3)
+            session.realign(pull=cell.pull)
+        _train_to(session, cell.steps)
         numbers = measure(session)
     write_file(result, json.dumps({"cell": cell.record, "numbers": numbers}, indent=1).encode())
     return numbers
+
+
+def _train_to(session: Session, step: int) -> None:
+    if session.step < step:
+        session.train(step - session.step)
+        session.save(session.folder)
 
 
 def _session(cell: Cell, folder: Path, device: str) -> Session:
