@@ -24,6 +24,7 @@ from pathlib import Path
 
 import pandas as pd
 import torch
+from scipy.stats import t as student
 
 from sdl_explorer import LinearBench, Realign, TopK, align, check_health
 from sdl_explorer.data.activations import Activations
@@ -186,6 +187,11 @@ def report(rows: pd.DataFrame, name: str, seeds: list[int], device: str, seconds
     ]
     for kind in rows["kind"].unique():
         parts += [f"## {kind}", _table(rows[rows["kind"] == kind])]
+        if len(seeds) > 1:
+            parts += [
+                "Minus the control of the same seed, at the end: mean and half the width of its 95 % interval.",
+                _paired(rows, kind, size.after),
+            ]
     return "\n\n".join(parts) + "\n"
 
 
@@ -197,13 +203,28 @@ def _table(rows: pd.DataFrame) -> str:
     return "\n".join(lines)
 
 
+def _paired(rows: pd.DataFrame, kind: str, after: int) -> str:
+    """Every arm at its end against the control, by seed."""
+    ends = rows[(rows["kind"] == kind) & (rows["after"] == after)].set_index("seed")
+    control = ends[ends["arm"].str.startswith("control")]
+    lines = [f"| | {' | '.join(COLUMNS.values())} |", "|---|" + "---:|" * len(COLUMNS)]
+    for arm, group in ends[ends["arm"] != control["arm"].iloc[0]].groupby("arm", sort=False):
+        shown = []
+        for name in COLUMNS:
+            values = group[name] - control[name]
+            half = student.ppf(0.975, len(values) - 1) * values.std(ddof=1) / len(values) ** 0.5
+            shown.append(f"{_shown(name, values.mean(), '+')} ± {_shown(name, half)}")
+        lines.append(f"| {arm} | {' | '.join(shown)} |")
+    return "\n".join(lines)
+
+
 def _line(row: dict) -> str:
     return ", ".join(f"{label} {_shown(name, row[name])}" for name, label in COLUMNS.items())
 
 
-def _shown(name: str, value: float) -> str:
+def _shown(name: str, value: float, sign: str = "") -> str:
     forms = {"unexplained": ".4f", "l0": ".2f", "mean_encoder": ".3f", "mean_decoder": ".3f"}
-    return format(value, forms.get(name, ".1%"))
+    return format(value, sign + forms.get(name, ".1%"))
 
 
 if __name__ == "__main__":

@@ -19,6 +19,11 @@ UNPRINTED = "optimiser, learning rate, batch, steps, initialisation, decoder con
 
 
 PULL = 0.1  # of the rows "+ realign"
+REALIGNED = [
+    f'"+ realign": encoder rows are turned to what fires their latents after two thirds of the steps and pulled there with weight {PULL:g}',
+    "in the last third, without any truth. That encoder and response agree is then no evidence; recovery and unexplained variance are.",
+    "",
+]
 
 
 class Size(NamedTuple):
@@ -185,13 +190,15 @@ def page(name: str, size: str, experiment: Table, cells: list[Cell], table: pd.D
     notes = sorted({note for note in table["note"] if note})
     methods = "Methods: " + "; ".join(sorted({repr(cell.method) for cell in cells})) + "."
     body = markdown_table(shown[[c for c in columns if c in shown]])
-    realigned = (
-        []
-        if not any(cell.pull for cell in cells)
-        else [
-            f'"+ realign": encoder rows are turned to what fires their latents after two thirds of the steps, and pulled there with weight {PULL:g} in '
-            "the last third, without any truth. That encoder and response agree is then no evidence; recovery, unexplained variance and L0 are.",
+    return "\n".join(
+        [
+            *head,
+            body,
+            "",
+            *(REALIGNED if any(cell.pull for cell in cells) else []),
+            *(f"Contradicts itself: {note}." for note in notes),
+            "",
+            methods,
             "",
         ]
     )
-    return "\n".join([*head, body, "", *realigned, *(f"Contradicts itself: {note}." for note in notes), "", methods, ""])
