@@ -64,7 +64,9 @@ def recipe(name: str, active: float) -> Method:
     k = max(1, round(active))
     if name in ("TopK", "BatchTopK", "Matryoshka"):
         return {"TopK": TopK, "BatchTopK": BatchTopK, "Matryoshka": Matryoshka}[name](k=k)
-    return ReLU(l1=0.3, unit_norm=True) if name == "ReLU" else JumpReLU(l0_target=float(k), unit_norm=True)
+    if name == "ReLU":
+        return ReLU(l1=0.3, unit_norm=True)
+    return JumpReLU(l0_target=float(k), l0=1.0, threshold=0.3, bandwidth=0.1, unit_norm=True)  # found at the small size
 
 
 def bench(size: Size, **changed) -> LinearBench:
