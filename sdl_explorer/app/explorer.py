@@ -87,6 +87,10 @@ class Explorer(pn.viewable.Viewer):
         """What can be repaired, and what would it change?"""
         return Sheet(self.desk, "Intervene")
 
+    def absorption(self):
+        """Which children took their parent's latent's place?"""
+        return Sheet(self.desk, "Absorption")
+
     def compare(self):
         """Did it help more than simply training on?"""
         return Sheet(self.desk, "Compare")

@@ -15,6 +15,7 @@ QUESTIONS = {
     "Overview": "Is this dictionary healthy, and what is wrong first?",
     "Alignment": "Which true features were learned, by which latent, and how well?",
     "Intervene": "What can be repaired, and what would it change?",
+    "Absorption": "Which children took their parent's latent's place?",
     "Compare": "Did it help more than simply training on?",
 }
 
@@ -40,12 +41,16 @@ def _intervene(host):
     return [*forms, preview, Held(host), *cards(host, "intervene", leave_out=("R3",))]
 
 
+def _absorption(host):
+    return cards(host, "absorption")
+
+
 def _compare(host):
     order = {"C3": 0, "C1": 1}
     return [ControlForm(host), *sorted(cards(host, "compare"), key=lambda card: order.get(card.view.id, 2)), Log(host)]
 
 
-PARTS = {"Overview": _overview, "Alignment": _alignment, "Intervene": _intervene, "Compare": _compare}
+PARTS = {"Overview": _overview, "Alignment": _alignment, "Intervene": _intervene, "Absorption": _absorption, "Compare": _compare}
 
 
 def make(host, title: str, visible: bool = False) -> Page:

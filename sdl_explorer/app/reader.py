@@ -10,12 +10,13 @@ from sdl_explorer.app.findings import Findings
 from sdl_explorer.data.activations import Activations
 from sdl_explorer.data.anchors import Anchors, Pins
 from sdl_explorer.data.sources import stream
+from sdl_explorer.diagnosis.absorption import find_absorption
 from sdl_explorer.diagnosis.alignment import align
 from sdl_explorer.diagnosis.compare import Control
 from sdl_explorer.diagnosis.examples import activations_of, find_examples
 from sdl_explorer.diagnosis.health import check_health
 from sdl_explorer.session import JUDGE_ROWS
-from sdl_explorer.state import ExplorerState
+from sdl_explorer.state import PAGES, ExplorerState
 from sdl_explorer.training.commits import Commit
 from sdl_explorer.training.history import History
 from sdl_explorer.training.interventions import Plan
@@ -111,8 +112,14 @@ class Reader:
         return Look(**{name: getattr(state, name) for name in names}, head=self.session.head.id, n_latents=self.session.n_latents)
 
     def knows(self, finding) -> bool:
-        """Can this finding say anything here? Alignment needs truth, anchors or pins."""
-        return finding is not align or bool(self.against)
+        """Can this finding say anything here? Alignment needs truth, anchors or pins; absorption needs truth."""
+        return bool(self.against) if finding is align else self.has_truth or finding is not find_absorption
+
+    @property
+    def pages(self) -> tuple[str, ...]:
+        """The pages that can show something: absorption where concepts have parents, or where it was asked for."""
+        families = self.has_truth and any(parent is not None for parent in self.sample.truth.parents)
+        return tuple(page for page in PAGES if page != "Absorption" or families or page == self.state.page)
 
     @property
     def against(self) -> str:

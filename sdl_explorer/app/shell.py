@@ -19,7 +19,7 @@ from sdl_explorer.widgets.timeline import Timeline
 log = logging.getLogger(__name__)
 FIRST = 2  # parts of a page that are on the first screen
 UNDO = "Undoes what you see. To undo a change to the model, use the timeline."
-HELP = """Space plays and pauses · . one step · Shift+. the chosen number of steps · ← → previous and next latent · 1 to 4 pages
+HELP = """Space plays and pauses · . one step · Shift+. the chosen number of steps · ← → previous and next latent · 1 to 5 pages
 / search a latent · A anchor the primary · R preview a resample · T tables · Esc close, then clear · Ctrl+Z undoes what you see
 In a table: ↑ ↓ PgUp PgDn Home End move the row, and the row is the selection."""
 ON_BAR = {"variant": "text", "margin": (4, 2), "sx": {"color": "#FFFFFF", "&.Mui-disabled": {"color": "rgba(255, 255, 255, 0.65)"}}}
@@ -35,7 +35,7 @@ class Frame(pn.viewable.Viewer):
         self.run_bar, self.timeline, self.inspector = RunBar(host), Timeline(host), Inspector(host)
         self.settings, self.filters = Settings(host), FilterChips(host)
         self.pages = {title: pages.make(host, title) for title in PAGES}
-        self.tabs = PageTabs(value=host.state.page, options=list(PAGES), sizing_mode="stretch_width", css_classes=["sdlx-tabs"])
+        self.tabs = PageTabs(value=host.state.page, options=list(host.pages), sizing_mode="stretch_width", css_classes=["sdlx-tabs"])
         self.tabs.param.watch(lambda event: self._turn(event.new), "value")
         self.banner = Words(host, NO_TRUTH, tone="warning", visible=False, css_classes=["sdlx-banner"])
         self.message = Text("", role="status", tone="warning", visible=False, css_classes=["sdlx-message"])
@@ -50,8 +50,8 @@ class Frame(pn.viewable.Viewer):
         self._actions, self._whole = row(sizing_mode=None), False
         if not served():
             self._complete()
-            for page in self.pages.values():
-                page.show(True)
+            for title in host.pages:
+                self.pages[title].show(True)
         fill = {"sizing_mode": "stretch_both"} if served() else {}
         content = pmui.Column(
             *self.pages.values(), sizing_mode="stretch_both" if served() else "stretch_width", margin=0, scroll="y" if served() else False
@@ -111,7 +111,7 @@ class Frame(pn.viewable.Viewer):
             self._complete()
         for title, page in self.pages.items():
             page.show(title == state.page, most=None if self._whole else FIRST)
-        self.tabs.value = state.page
+        self.tabs.param.update(options=list(host.pages), value=state.page)
         self.title.text = host.name_of_run()
         self.live.text = host.live_word()
         self.undo.disabled, self.redo.disabled = not state.can_undo, not state.can_redo
@@ -159,8 +159,8 @@ class Frame(pn.viewable.Viewer):
         host, state = self.host, self.host.state
         if key.startswith("page "):
             at = int(key.removeprefix("page ")) - 1
-            if at < len(PAGES):
-                self._turn(PAGES[at])
+            if at < len(host.pages):
+                self._turn(host.pages[at])
         elif key in ("undo", "redo"):
             self._step(getattr(state, key))
         elif key in ("previous", "next"):

@@ -63,6 +63,18 @@ _TOKENS = (  # one colour per latent: the first that applies wins
 )
 STATUSES: dict[str, Token] = {t.name: t for t in _TOKENS}
 
+_EDGES = (  # of a parent and its child; two of one colour differ in shape or filling
+    Token("absorbed", "Absorbed", "another latent writes the parent when the child is active", "#CC79A7", "#CC79A7", "◆", "diamond"),
+    Token("partly absorbed", "Partly absorbed", "another latent writes a part of the parent then", "#CC79A7", "#CC79A7", "◇", "diamond", True),
+    Token("split", "Split", "several latents share the parent's rows out", "#663300", "#E69F00", "■", "square"),
+    Token("hedged", "Hedged", "the parent's latent reads and writes the child too", "#D55E00", "#D55E00", "△", "triangle", True),
+    Token("merged", "Merged", "one latent is the nearest to both", "#D55E00", "#D55E00", "▲", "triangle"),
+    Token("lost", "Lost", "no latent writes the parent when the child is active", "#333333", "#E6E6E6", "+", "cross"),
+    Token("none", "Fine", "the parent's latents write it with the child too", "#0072B2", "#56B4E9", "●", "circle"),
+    Token("not eligible", "Not eligible", "too few rows, or no latent detects the parent", "#6E6E6E", "#707070", "○", "circle", True),
+)
+EDGES: dict[str, Token] = {t.name: t for t in _EDGES}
+
 
 @dataclass(frozen=True)
 class Mark:

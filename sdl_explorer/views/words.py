@@ -11,6 +11,15 @@ NEVER_TRAINED = "Nothing trained yet. [▸▸ Train 500 steps]"
 NO_LOG = "Nothing has happened yet. Press ▸▸ to train 500 steps."
 NOT_COMPUTED = "Not computed yet."
 NO_PREVIEW = "No change is being previewed. Select latents, then open a preview with R or A."
+NO_FAMILY_TRUTH = (
+    "No ground truth: nobody knows which concept is whose child. Start a new run on HierarchyBench or SynthBench, or give the "
+    "activations a Truth with parents."
+)
+NO_FAMILIES = (
+    "This data has no parent/child concepts. Start a new run on HierarchyBench or SynthBench, or name each feature's parent in "
+    "Truth(parents=...)."
+)
+NO_ABSORBERS = "No latent writes more of a parent when one of its children is active: no absorber to look at."
 PIXELS = "Each pixel counts latents."
 
 
@@ -23,6 +32,12 @@ def no_dead(window: int | None) -> str:
 def too_few_pairs(n: int, needed: int = 5) -> str:
     """When a comparison has fewer pairs than a verdict needs."""
     return f"n = {n}: at least {needed} seeds are needed to read this. [Run {needed - n} more]"
+
+
+def none_eligible(n: int, first: str) -> str:
+    """When no edge of a hierarchy can be judged."""
+    which = "The one parent-child edge cannot" if n == 1 else f"None of the {count(n)} parent-child edges can"
+    return f"{which} be judged yet. {first}. Train until parents have latents of their own. [▸▸ Train 500 steps]"
 
 
 def never_fired(n_samples: int) -> str:
