@@ -42,6 +42,7 @@ _HOMES = {
     "sdl_explorer.diagnosis.patterns": ("trace_patterns",),
     "sdl_explorer.diagnosis.realisable": ("realise",),
     "sdl_explorer.diagnosis.recovery": ("score_recovery",),
+    "sdl_explorer.diagnosis.theory": ("check_theory",),
     "sdl_explorer.session": ("Session",),
     "sdl_explorer.experiments.sweep": ("sweep",),
     "sdl_explorer.app.explorer": ("Explorer", "explore"),
