@@ -15,7 +15,7 @@ from sdl_explorer.models.dictionary import SparseDictionary
 
 
 class _Checker(Accumulator):
-    def __init__(self, stream: Stream, *, tolerance=1e-3, n_segments=16, seed=0):
+    def __init__(self, stream: Stream, *, tolerance=1e-3, n_segments=8, seed=0):
         super().__init__(stream)
         if not 0 < tolerance < 1:
             raise ValueError(f"check_theory: tolerance is {tolerance}; it is a share, between 0 and 1.")
@@ -60,7 +60,7 @@ class _Checker(Accumulator):
 
 @finding(_Checker)
 def check_theory(
-    dictionary: SparseDictionary, activations: Activations, tolerance: float = 1e-3, n_segments: int = 16, seed: int = 0
+    dictionary: SparseDictionary, activations: Activations, tolerance: float = 1e-3, n_segments: int = 8, seed: int = 0
 ) -> list[TheoryCard]:
     """A card for each of six theorems: their assumptions with live values, both sides, and what follows for this dictionary.
 

@@ -14,7 +14,7 @@ T2 = Text(
     f"{PAPER}, Theorem 3.2 (v3, v5/6; absent in v2)",
 )
 MOVED = 256  # latents that one segment moves
-CELLS = 2**19  # features x latents that one segment encodes
+CELLS = 2**18  # features x latents that one segment encodes
 SHRINKS = 20
 ROUNDING = 1e-9  # of the loss at the ends
 
@@ -26,7 +26,7 @@ def check_convexity(facts: Facts, generator: Generator, n_segments: int) -> Theo
     rows of up to 256 latents; inside the region nothing else changes. Where there are more than CELLS pairs of a feature and a latent, each
     segment takes the terms of some features alone: every term is convex by the same argument.
     """
-    frozen = isinstance(facts.model.dictionary.nonlinearity, BatchTopKSelection)
+    frozen = isinstance(facts.model.sigma, BatchTopKSelection)
     fixed = Assumption(
         "the region is fixed by the weights", f"{facts.model.name}: {'needs the batch' if frozen else 'yes'}", None if frozen else True
     )

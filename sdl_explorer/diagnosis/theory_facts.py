@@ -1,5 +1,6 @@
 """What the theory cards share: each feature shown alone in double precision, and the sums of one pass over the rows."""
 
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -13,7 +14,7 @@ from torch import Tensor
 from sdl_explorer.data.activations import Truth
 from sdl_explorer.diagnosis.observe import FIRES, Rows
 from sdl_explorer.diagnosis.theory_cards import Assumption
-from sdl_explorer.models.dictionary import Pointwise, SparseDictionary
+from sdl_explorer.models.dictionary import Nonlinearity, Pointwise, SparseDictionary
 
 LARGEST = 2**26  # cells of n_features x n_latents in double precision: 512 MB
 UNIT = 1e-3  # how far from 1 the norm of a unit direction may be
@@ -93,6 +94,7 @@ class Model:
     """The dictionary without its scales, in double precision on the CPU: z = sigma(W_enc x + b_enc), recon = z W_dec + b_dec."""
 
     dictionary: SparseDictionary
+    sigma: Nonlinearity
     W_enc: Tensor
     b_enc: Tensor
     W_dec: Tensor
@@ -103,19 +105,22 @@ class Model:
         W_enc, b_enc, W_dec, b_dec = (getattr(dictionary, name).detach().double().cpu() for name in ("W_enc", "b_enc", "W_dec", "b_dec"))
         if dictionary.subtract_b_dec:
             b_enc = b_enc - W_enc @ b_dec
-        return cls(dictionary, W_enc * dictionary.input_scale, b_enc, W_dec / dictionary.target_scale, b_dec / dictionary.target_scale)
+        sigma = deepcopy(dictionary.nonlinearity).cpu()  # not every device has double precision
+        return cls(
+            dictionary, sigma, W_enc * dictionary.input_scale, b_enc, W_dec / dictionary.target_scale, b_dec / dictionary.target_scale
+        )
 
-    name = property(lambda self: type(self.dictionary.nonlinearity).__name__)
-    masks_only = property(lambda self: getattr(self.dictionary.nonlinearity, "masks_only", False))
+    name = property(lambda self: type(self.sigma).__name__)
+    masks_only = property(lambda self: getattr(self.sigma, "masks_only", False))
 
     def codes(self, pre: Tensor) -> Tensor:
         """sigma, for one that reads pre-activations alone."""
-        found = self.dictionary.nonlinearity(pre.to(self.dictionary.device), inputs=None, dictionary=self.dictionary)
-        return (found if isinstance(found, Tensor) else found.dense()).cpu()
+        found = self.sigma(pre, inputs=None, dictionary=self.dictionary)
+        return found if isinstance(found, Tensor) else found.dense()
 
     def alone(self, inputs: Tensor) -> Tensor:
         """The codes of each row of inputs."""
-        if self.masks_only or isinstance(self.dictionary.nonlinearity, Pointwise):
+        if self.masks_only or isinstance(self.sigma, Pointwise):
             return self.codes(inputs @ self.W_enc.T + self.b_enc)
         return self.dictionary.encode(inputs.to(self.dictionary.W_enc)).dense().double().cpu()
 
@@ -183,11 +188,11 @@ class Facts:
         return Assumption("no biases", f"largest {largest:.3g}", largest == 0)
 
     def homogeneous(self) -> Assumption:
-        met = bool(getattr(self.model.dictionary.nonlinearity, "homogeneous", False))
+        met = bool(getattr(self.model.sigma, "homogeneous", False))
         return Assumption("sigma(a z) = a sigma(z)", f"{self.model.name}: {'yes' if met else 'no, or not declared'}", met)
 
     def masks(self) -> Assumption:
-        known = not isinstance(self.model.dictionary.nonlinearity, Pointwise)
+        known = not isinstance(self.model.sigma, Pointwise)
         words = "yes" if self.model.masks_only else "no" if known else "not declared"
         met = True if self.model.masks_only else (False if known else None)
         return Assumption("sigma keeps a pre-activation or sets it to 0", f"{self.model.name}: {words}", met)

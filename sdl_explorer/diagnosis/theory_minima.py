@@ -25,7 +25,7 @@ T5 = Text(
 )
 POSITIVE = 1e-9  # an eigenvector's smallest entry, from which it is positive
 SADDLE = 1e-7  # a negative eigenvalue, relative to the largest
-PARALLEL = 1 - 1e-9
+PARALLEL = 1 - 1e-6  # of features in single precision
 PROGRAMME = 50_000  # n_features x d_in, up to which a linear programme is solved for each latent
 
 
@@ -109,14 +109,14 @@ def construct(facts: Facts, sets: Tensor) -> tuple[tuple[Tensor, Tensor] | None,
     """The blocks of a partial minimum with these sets, or (None, (verdict, why), the latent that has none)."""
     W_dec, wanted = torch.zeros_like(facts.model.W_dec), torch.zeros(facts.n, facts.n_latents, dtype=torch.float64)
     independent = int(torch.linalg.matrix_rank(facts.W_p)) == facts.n
-    threshold = torch.as_tensor(getattr(facts.model.dictionary.nonlinearity, "threshold", 0.0)).detach().double().cpu()
+    threshold = torch.as_tensor(getattr(facts.model.sigma, "threshold", 0.0)).detach().double()
     threshold = threshold.expand(facts.n_latents)
     for i in torch.nonzero(sets.any(dim=1))[:, 0].tolist():
         own = torch.nonzero(sets[i])[:, 0]
         root = facts.weights[own].sqrt()
         v, mu = positive_eigenvector((root[:, None] * facts.W_r[own]).numpy())
         if v is None:
-            proved = independent and type(facts.model.dictionary.nonlinearity) in (Rectified, JumpRectified)
+            proved = independent and type(facts.model.sigma) in (Rectified, JumpRectified)
             words = f"features {own.tolist()} of latent {i} have no positive eigenvector, so that no partial minimum has this pattern"
             return None, ("violated" if proved else "not checkable", words if proved else f"{words} for a plain ReLU"), i
         v = torch.from_numpy(v)
@@ -238,10 +238,10 @@ def _curvature(facts: Facts, latent: int, fires: Tensor, z: Tensor, W_dec: Tenso
 
 def _margin(facts: Facts, pre: Tensor, fires: Tensor, W_enc: Tensor) -> float:
     """The least distance of a pre-activation from where its latent's set would change, over the longest encoder row."""
-    sigma = facts.model.dictionary.nonlinearity
+    sigma = facts.model.sigma
     if type(sigma) not in (Rectified, JumpRectified, TopKSelection):
         return float("nan")
-    distance = pre - torch.as_tensor(getattr(sigma, "threshold", 0.0)).detach().double().cpu()
+    distance = pre - torch.as_tensor(getattr(sigma, "threshold", 0.0)).detach().double()
     slack = torch.where(fires, distance, -distance)
     if isinstance(sigma, TopKSelection):
         full = fires.sum(dim=1, keepdim=True) == sigma.k

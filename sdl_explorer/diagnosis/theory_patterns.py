@@ -28,7 +28,7 @@ def check_absorbable(facts: Facts) -> TheoryCard:
     A witness is built for each (`absorb_weakest`) and run: the row scaled by c / sqrt(a_(1) a_(2)), a new row 2 c / (1 + M) w_d*. Margins
     are from linear programmes (`realise`), for the parents with the smallest sets; under Top-k these hold the competition too.
     """
-    sets, sigma = facts.pattern.T.numpy(), facts.model.dictionary.nonlinearity
+    sets, sigma = facts.pattern.T.numpy(), facts.model.sigma
     parents = np.flatnonzero(sets.sum(axis=1) > 1)
     parents = parents[np.argsort(sets[parents].sum(axis=1), kind="stable")]
     pointwise = isinstance(sigma, Rectified | JumpRectified | BatchTopKSelection)
@@ -37,7 +37,7 @@ def check_absorbable(facts: Facts) -> TheoryCard:
     least = float(raised[parents].min()) if len(parents) else 0.0
     assumptions = [
         facts.unit("input"),
-        Assumption("M < 1", f"{largest:.4g}", largest < 1 - 1e-9),
+        Assumption("M < 1", f"{largest:.4g}", largest < 1 - 1e-6),
         Assumption("a parent has two children or more", f"{len(parents):,} latents have", len(parents) > 0),
         Assumption(
             "each latent fires above a threshold of its own", f"{facts.model.name}: {'yes' if pointwise else 'latents compete'}", pointwise
@@ -82,7 +82,7 @@ def check_absorbable(facts: Facts) -> TheoryCard:
 
 def _thresholds(facts: Facts) -> np.ndarray:
     """c_i: latent i fires where <W_enc_i, x> > c_i."""
-    threshold = torch.as_tensor(getattr(facts.model.dictionary.nonlinearity, "threshold", 0.0)).detach().double().cpu()
+    threshold = torch.as_tensor(getattr(facts.model.sigma, "threshold", 0.0)).detach().double()
     return (threshold - facts.model.b_enc).numpy()
 
 
@@ -109,7 +109,7 @@ def _candidates(facts: Facts, sets: np.ndarray, latent: int, threshold: float):
 
 def _programmes(facts: Facts, sets: np.ndarray, parents: np.ndarray, raised: np.ndarray) -> dict[str, float | str]:
     """For some parents: how many have a child whose leaving is realisable, and the margin of the first such child (the worst of them)."""
-    sigma = facts.model.dictionary.nonlinearity
+    sigma = facts.model.sigma
     best: list[Realisation | None] = []
     for i in parents[:SOLVED].tolist():
         if isinstance(sigma, TopKSelection):
