@@ -88,7 +88,7 @@ class Explorer(pn.viewable.Viewer):
         return Sheet(self.desk, "Intervene")
 
     def absorption(self):
-        """Which children took their parent's latent's place?"""
+        """Which latents go silent where a more special one takes over?"""
         return Sheet(self.desk, "Absorption")
 
     def compare(self):

@@ -15,7 +15,7 @@ QUESTIONS = {
     "Overview": "Is this dictionary healthy, and what is wrong first?",
     "Alignment": "Which true features were learned, by which latent, and how well?",
     "Intervene": "What can be repaired, and what would it change?",
-    "Absorption": "Which children took their parent's latent's place?",
+    "Absorption": "Which latents go silent where a more special one takes over?",
     "Compare": "Did it help more than simply training on?",
 }
 

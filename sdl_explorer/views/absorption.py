@@ -52,7 +52,7 @@ def holes(absorption, look):
     marks = hv.Points(table, ["recall", "row"], ["feature", "child", "kind", "latent_id", "marker", "colour", "fill"])
     tips = [("child", "@child"), ("kind", "@kind"), ("recall of the parent's latent", "@recall{0.00}"), ("parent's latent", "@latent_id")]
     style = {"marker": "marker", "color": "colour", "fill_alpha": "fill", "size": 12, "line_width": 1.5}
-    layers.append(marks.opts(**style, tools=["hover", "tap"], hover_tooltips=tips))
+    layers.append(marks.opts(**style, tools=["hover", "tap"], hooks=[unfaded], hover_tooltips=tips))
     layers += _ring(table, look)
     layers += [*_names(rows, absorption, theme), *_legend(absorption, theme)]
     return frame(
@@ -116,7 +116,7 @@ def recalls(absorption, look):
         fill = 1.0 if with_child else 0.0
         layers += [
             spans.opts(color=colour, line_width=2),
-            points.opts(color=colour, marker="circle", size=10, fill_alpha=fill, line_width=2, tools=["hover", "tap"]),
+            points.opts(color=colour, marker="circle", size=10, fill_alpha=fill, line_width=2, tools=["hover", "tap"], hooks=[unfaded]),
         ]
     return frame(
         hv.Overlay(layers),
@@ -137,11 +137,12 @@ def _(absorption, look):
     if why is not None:
         return why
     edge = chosen(absorption, look, _judged(absorption))
-    gap = edge.evidence.gap_interval
+    gap, contrast = edge.evidence.gap_interval, edge.evidence.contrast
+    alone = "" if contrast is None or contrast.siblings else " These last shares leave rows with a sibling out."
     return (
         f"{edge_name(absorption, edge)}: latent {edge.latent} fires on {edge.recall_with:.0%} of {plural(edge.n_with, 'row')} with the "
         f"child and on {edge.recall_without:.0%} of {count(edge.n_without)} without; gap {edge.gap:.2f} ({gap.low:.2f} to {gap.high:.2f}). "
-        f"{edge.kind.capitalize()}: {edge.why}."
+        f"{EDGES[edge.kind].word}: {edge.why}.{alone}"
     )
 
 
@@ -209,6 +210,11 @@ def edge_table(absorption: Absorption) -> pd.DataFrame:
         for e in worst_first(absorption.edges)
     ]
     return pd.DataFrame(rows, columns=COLUMNS)
+
+
+def unfaded(plot, element) -> None:
+    """A hook: marks look the same whether selected or not; Bokeh would fade a hollow one away."""
+    plot.handles["glyph_renderer"].update(selection_glyph=None, nonselection_glyph=None, muted_glyph=None)
 
 
 def nothing(absorption: Absorption | None) -> str | None:

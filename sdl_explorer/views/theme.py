@@ -65,7 +65,7 @@ STATUSES: dict[str, Token] = {t.name: t for t in _TOKENS}
 
 _EDGES = (  # of a parent and its child; two of one colour differ in shape or filling
     Token("absorbed", "Absorbed", "another latent writes the parent when the child is active", "#CC79A7", "#CC79A7", "◆", "diamond"),
-    Token("partly absorbed", "Partly absorbed", "another latent writes a part of the parent then", "#CC79A7", "#CC79A7", "◇", "diamond", True),
+    Token("partly absorbed", "Partly absorbed", "another latent writes a part of it then", "#CC79A7", "#CC79A7", "◇", "diamond", True),
     Token("split", "Split", "several latents share the parent's rows out", "#663300", "#E69F00", "■", "square"),
     Token("hedged", "Hedged", "the parent's latent reads and writes the child too", "#D55E00", "#D55E00", "△", "triangle", True),
     Token("merged", "Merged", "one latent is the nearest to both", "#D55E00", "#D55E00", "▲", "triangle"),
