@@ -7,6 +7,7 @@ import torch
 from torch.nn.functional import normalize
 
 from sdl_explorer.data.activations import Activations, Truth
+from sdl_explorer.data.anchors import Anchors, Pins
 from sdl_explorer.data.bench import LinearBench, linear_activations
 from sdl_explorer.diagnosis.health import check_health
 from sdl_explorer.diagnosis.observe import observe
@@ -48,7 +49,7 @@ def noisy(activations, size):
 
 def cards(dictionary, activations, **settings):
     found = {card.id: card for card in check_theory(dictionary, activations, **settings)}
-    assert list(found) == ["T1", "T2", "T3", "T4", "T5", "T6"]
+    assert list(found) == ["T1", "T2", "T3", "T4", "T5", "T6", "T7"]
     for card in found.values():
         assert card.verdict in VERDICTS and card.n_samples == activations.n
         assert card.verdict != "holds" or all(a.met for a in card.assumptions)
@@ -444,6 +445,48 @@ def test_absorption_needs_a_threshold_parents_and_no_competition():
     assert "a parent has two children or more" in [a.asks for a in single.failed]
     twins = torch.cat([BREEDS, BREEDS[:1]])
     assert "M < 1" in [a.asks for a in cards(jump(angles(65.0), 0.5), alone(twins))["T6"].failed]
+
+
+# T7 -------------------------------------------------------------------------------------------------------------------
+
+
+def pinned(dictionary, latents):
+    anchors = Anchors.from_rows(dictionary.W_dec.detach()[latents])
+    return Pins(anchors, torch.tensor(latents), torch.ones(len(latents)), torch.zeros(len(latents), dtype=torch.bool))
+
+
+@pytest.mark.parametrize("order", [[0, 1, 2, 3], [3, 1, 0, 2]])
+@pytest.mark.parametrize("moved", [0.0, 1e-4])
+def test_an_anchor_fixes_the_antipodal_decoder(order, moved):
+    """Z of Figure 4 is a ring of four features, of rank 3: one row is free, two numbers, and any one anchor takes them."""
+    dictionary = permuted(antipodal(TURN), order)
+    pins = pinned(dictionary, [2])
+    dictionary.W_dec.data.add_(moved * torch.randn(4, 2, generator=seeded(1)))
+    card = cards(dictionary, alone(CROSS), pins=pins)["T7"]
+    assert card.verdict == "holds" and (card.left, card.right) == (0, 2)
+    both = cards(dictionary, alone(CROSS), pins=pinned(dictionary, [0, 1]))["T7"]
+    assert (both.left, both.right) == (0, 2) and both.numbers["numbers that the anchors fix"] == 4
+
+
+def test_anchors_and_latents_that_never_fire():
+    """Ten latents, six of them silent on every feature: 24 numbers are free, and an anchor takes four where it holds a silent one."""
+    rows = torch.cat([torch.eye(4), -torch.eye(4), -torch.eye(4)[:2]])
+    dictionary = SparseDictionary(rows, rows).eval()
+    free = lambda latents: cards(dictionary, alone(torch.eye(4)), pins=pinned(dictionary, latents))["T7"]
+    assert (free([5]).left, free([5]).right, free([5]).verdict) == (20, 24, "holds")
+    assert (free([0]).left, free([0]).right, free([0]).verdict) == (24, 24, "violated")  # its feature had fixed it
+    assert free([0, 5, 9]).left == 16
+
+
+def test_a_pin_that_is_not_reached_is_no_constraint():
+    dictionary = SparseDictionary(CROSS, CROSS).eval()
+    pins = pinned(dictionary, [1])
+    dictionary.W_dec.data[1] = torch.tensor([1.0, 1])
+    assert cards(dictionary, alone(CROSS), pins=pins)["T7"].verdict == "assumption not met"
+    assert cards(dictionary, alone(CROSS))["T7"].verdict == "not checkable"
+    few = SparseDictionary(CROSS[:1], CROSS[:1]).eval()
+    with pytest.raises(ValueError, match="latent 1 is pinned"):
+        check_theory(few, alone(CROSS), pins=pins)
 
 
 # all ------------------------------------------------------------------------------------------------------------------

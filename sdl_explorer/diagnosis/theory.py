@@ -3,8 +3,10 @@
 from torch import Generator
 
 from sdl_explorer.data.activations import Activations
+from sdl_explorer.data.anchors import Pins
 from sdl_explorer.diagnosis.cofiring import true_directions
 from sdl_explorer.diagnosis.observe import Accumulator, Rows, Stream, finding, observe
+from sdl_explorer.diagnosis.theory_anchors import T7, check_anchors
 from sdl_explorer.diagnosis.theory_cards import Assumption, Found, TheoryCard, card
 from sdl_explorer.diagnosis.theory_convex import T2, check_convexity
 from sdl_explorer.diagnosis.theory_facts import LARGEST, Facts, Sums
@@ -15,15 +17,16 @@ from sdl_explorer.models.dictionary import SparseDictionary
 
 
 class _Checker(Accumulator):
-    def __init__(self, stream: Stream, *, tolerance=1e-3, n_segments=8, seed=0):
+    def __init__(self, stream: Stream, *, pins=None, tolerance=1e-3, n_segments=8, seed=0):
         super().__init__(stream)
         if not 0 < tolerance < 1:
             raise ValueError(f"check_theory: tolerance is {tolerance}; it is a share, between 0 and 1.")
         if n_segments < 1:
             raise ValueError(f"check_theory: n_segments is {n_segments}; convexity is tested on one segment at least.")
-        self.tolerance, self.n_segments, self.seed = tolerance, n_segments, seed
+        self.pins, self.tolerance, self.n_segments, self.seed = pins, tolerance, n_segments, seed
         self.missing = self._missing()
-        self.sums = None if self.missing else Sums(stream.activations.truth)
+        truth = stream.activations.truth
+        self.sums = None if self.missing or truth is None else Sums(truth)
 
     def _missing(self) -> str:
         activations, n_latents = self.stream.activations, self.stream.dictionary.n_latents
@@ -41,7 +44,7 @@ class _Checker(Accumulator):
         if self.sums is None:
             known = Assumption("the true features and their activations are known", self.missing, None)
             n = self.stream.activations.n
-            return [card(text, [known], Found("not checkable", ""), n, self.tolerance) for text in (T1, T2, T3, T4, T5, T6)]
+            return [card(text, [known], Found("not checkable", ""), n, self.tolerance) for text in (T1, T2, T3, T4, T5, T6, T7)]
         facts = Facts(self.stream.dictionary, self.sums, self.tolerance)
         checks = (
             check_approximation,
@@ -50,6 +53,7 @@ class _Checker(Accumulator):
             check_zero_loss,
             check_partial_minimum,
             check_absorbable,
+            lambda facts: check_anchors(facts, self.pins),
         )
         cards = []
         for check in checks:
@@ -60,13 +64,19 @@ class _Checker(Accumulator):
 
 @finding(_Checker)
 def check_theory(
-    dictionary: SparseDictionary, activations: Activations, tolerance: float = 1e-3, n_segments: int = 8, seed: int = 0
+    dictionary: SparseDictionary,
+    activations: Activations,
+    pins: Pins | None = None,
+    tolerance: float = 1e-3,
+    n_segments: int = 8,
+    seed: int = 0,
 ) -> list[TheoryCard]:
-    """A card for each of six theorems: their assumptions with live values, both sides, and what follows for this dictionary.
+    """A card for each of six theorems, and one on anchors: assumptions with live values, both sides, and what follows here.
 
         T1 |L - L~| <= n^2 C (1-S)^2             T4 L~ = 0 <=> every feature is reconstructed (recovered is something else)
         T2 L~ convex in each block of a region    T5 polysemantic partitions have partial minima with positive loss
         T3 the constructed solution's loss        T6 a parent that lost one child to a latent of its own is realisable
+        T7 free numbers of the decoder with the anchors of `pins` held, and without
 
         L = mean |x_r - recon|^2;   L~ = sum_d M_d |w_r^d - W_dec^T sigma(W_enc w_p^d)|^2,   M_d = P(x = x_d e_d) E[x_d^2 | x_d > 0]
 
@@ -77,5 +87,5 @@ def check_theory(
 
     Raises ValueError for settings out of range and for what `observe` refuses. Theorems: arXiv 2512.05534; each card has the number.
     """
-    settings = {"tolerance": tolerance, "n_segments": n_segments, "seed": seed}
+    settings = {"pins": pins, "tolerance": tolerance, "n_segments": n_segments, "seed": seed}
     return observe(dictionary, activations, [(check_theory, settings)])[0]

@@ -27,7 +27,7 @@ class Witness(NamedTuple):
 class TheoryCard:
     """One statement, checked on one dictionary and these rows.
 
-    id           "T1" ... "T6";   title, statement, source   in words; numbers of theorems move between versions of the paper
+    id           "T1" ... "T7";   title, statement, source   in words; numbers of theorems move between versions of the paper
     left, right  the two sides that `relation` names; NaN where they could not be had;   slack = right - left
     numbers      everything else that was measured, by name
     n_samples    rows read;   tolerance   what counts as zero

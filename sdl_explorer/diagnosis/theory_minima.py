@@ -99,10 +99,16 @@ def look(facts: Facts, W_enc: Tensor, W_dec: Tensor) -> Point:
     scale = max(float(facts.weights @ facts.W_r.square().sum(dim=1)), np.finfo(float).tiny)
     decoder = -2 * z.T @ weighted
     encoder = -2 * (fires * (weighted @ W_dec.T)).T @ facts.W_p
-    relative = [float((g.norm(dim=1) * w.norm(dim=1)).sum()) / scale for g, w in ((decoder, W_dec), (encoder, W_enc))]
+    relative = lambda gradient, rows: float((gradient.norm(dim=1) * rows.norm(dim=1)).sum()) / scale
     partition = bool((fires.sum(dim=1) == 1).all())
     curvatures = [_curvature(facts, i, fires, z, W_dec) for i in torch.nonzero(fires.any(dim=0))[:, 0].tolist()] if partition else []
-    return Point(float(weighted.mul(residual).sum()), *relative, min(curvatures, default=float("nan")), _margin(facts, pre, fires, W_enc))
+    return Point(
+        loss=float(weighted.mul(residual).sum()),
+        decoder=relative(decoder, W_dec),
+        encoder=relative(encoder, W_enc),
+        curvature=min(curvatures, default=float("nan")),
+        margin=_margin(facts, pre, fires, W_enc),
+    )
 
 
 def construct(facts: Facts, sets: Tensor) -> tuple[tuple[Tensor, Tensor] | None, tuple[str, str], int]:
