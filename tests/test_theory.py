@@ -198,6 +198,13 @@ def test_convex_in_each_block(sigma, moved):
     assert card.numbers["largest drop below the chord in W_enc"] > 1e-3  # segments long enough to see a curve
 
 
+def test_biases_leave_the_blocks_convex():
+    """b_enc reads a constant and b_dec moves the targets: the residual stays affine in each block."""
+    biases = 0.1 * torch.randn(28, generator=seeded(6))
+    card = cards(SparseDictionary(FEATURES, 0.5 * FEATURES, biases[:16], biases[16:]).eval(), alone(FEATURES), n_segments=20)["T2"]
+    assert card.verdict == "holds" and card.numbers["largest drop below the chord in W_enc"] > 1e-3
+
+
 @pytest.mark.parametrize("order", [list(range(16)), list(range(16))[::-1]])
 def test_a_sigma_that_bends_violates_convexity(order):
     dictionary = permuted(SparseDictionary(FEATURES, 0.5 * FEATURES, nonlinearity=Lying(0.3)).eval(), order)

@@ -24,13 +24,14 @@ def check_convexity(facts: Facts, generator: Generator, n_segments: int) -> Theo
 
     Segments start and end in the region of this model's own pattern, and their middles are tested for it again. One segment moves the
     rows of up to 256 latents; inside the region nothing else changes. Where there are more than CELLS pairs of a feature and a latent, each
-    segment takes the terms of some features alone: every term is convex by the same argument.
+    segment takes the terms of some features alone: every term is convex by the same argument. Biases stay as they are, and the proof
+    stays too: b_enc is a column that reads a constant, b_dec moves the targets.
     """
     frozen = isinstance(facts.model.sigma, BatchTopKSelection)
     fixed = Assumption(
         "the region is fixed by the weights", f"{facts.model.name}: {'needs the batch' if frozen else 'yes'}", None if frozen else True
     )
-    assumptions = [facts.masks(), fixed, facts.no_biases()]
+    assumptions = [facts.masks(), fixed]
     if any(a.met is not True for a in assumptions):
         return card(T2, assumptions, Found("not checkable", ""), facts.sums.n, ROUNDING)
     gaps, outside, lengths, bent = [], 0, [], []
@@ -79,7 +80,7 @@ class _Segment:
         self.features = torch.randperm(facts.n, generator=generator)[: max(1, CELLS // facts.n_latents)]
         self.W_p, self.pattern = facts.W_p[self.features], facts.pattern[self.features]
         self.W_enc, self.W_dec = facts.model.W_enc[latents], facts.model.W_dec[latents]
-        self.pre = self.W_p @ facts.model.W_enc.T
+        self.pre = self.W_p @ facts.model.W_enc.T + facts.model.b_enc
         draw = lambda like: torch.randn(like.shape, generator=generator, dtype=torch.float64) * _size(like)
         a, b = (self._inside(draw(self.W_enc), generator) for _ in range(2))
         middle = (a + b) / 2
@@ -95,7 +96,7 @@ class _Segment:
     def _codes(self, rows: Tensor) -> Tensor:
         """The codes of all latents on each feature alone, with these encoder rows."""
         pre = self.pre.clone()
-        pre[:, self.latents] = self.W_p @ rows.T
+        pre[:, self.latents] = self.W_p @ rows.T + self.facts.model.b_enc[self.latents]
         return self.facts.model.codes(pre)
 
     def _left(self, rows: Tensor) -> Tensor:

@@ -41,8 +41,8 @@ class Sums:
         for side, (values, features) in enumerate(sides):
             self.off[side] += (values - codes @ features.to(values)).square().sum().item()
             self.size[side] += values.square().sum().item()
-        errors = (rows.targets - rows.reconstruction).double().square().sum(dim=1).cpu().numpy()
-        codes = codes.double().cpu().numpy()
+        errors = (rows.targets - rows.reconstruction).cpu().double().square().sum(dim=1).numpy()
+        codes = codes.cpu().double().numpy()
         self.negative += int((codes < 0).sum())
         on = csr_array(codes > 0, dtype=np.float64)
         kind = np.minimum(np.diff(on.indptr), 2)

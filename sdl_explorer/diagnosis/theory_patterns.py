@@ -33,15 +33,14 @@ def check_absorbable(facts: Facts) -> TheoryCard:
     parents = parents[np.argsort(sets[parents].sum(axis=1), kind="stable")]
     pointwise = isinstance(sigma, Rectified | JumpRectified | BatchTopKSelection)
     largest, _ = facts.overlap
+    rule = "yes" if pointwise else "no, latents compete" if isinstance(sigma, TopKSelection) else "no"
     raised = _thresholds(facts) if pointwise else np.zeros(facts.n_latents)
     least = float(raised[parents].min()) if len(parents) else 0.0
     assumptions = [
         facts.unit("input"),
         Assumption("M < 1", f"{largest:.4g}", largest < 1 - 1e-6),
         Assumption("a parent has two children or more", f"{len(parents):,} latents have", len(parents) > 0),
-        Assumption(
-            "each latent fires above a threshold of its own", f"{facts.model.name}: {'yes' if pointwise else 'latents compete'}", pointwise
-        ),
+        Assumption("each latent fires above a threshold of its own", f"{facts.model.name}: {rule}", pointwise),
         Assumption("thresholds of the parents are above zero", f"least {least:.3g}", least > 0),
     ]
     numbers: dict[str, float | str] = {"parents": float(len(parents)), "M": largest}
