@@ -17,13 +17,14 @@ T6 = Text(
     "a latent of its own. Nothing follows about the loss, nor that training goes there.",
     f"{PAPER}, Theorem 3.8 of v2 and v5/6 (3.10 in v3, for any child)",
 )
+LOOKED = 256  # parents for which a witness is built, those with the smallest sets
 SOLVED = 4  # parents whose own programme is solved, for the margin
 PROGRAMME = 10_000  # n_features x d_in of such a programme
 JOINT = 20_000  # n_latents x n_features x d_in of one under Top-k, in which all latents compete
 
 
 def check_absorbable(facts: Facts) -> TheoryCard:
-    """T6. left = parents (latents with two features or more) of which some child can be split off, right = parents.
+    """T6. left = parents (latents with two features or more) of which some child can be split off, right = parents looked at.
 
     A witness is built for each (`absorb_weakest`) and run: the row scaled by c / sqrt(a_(1) a_(2)), a new row 2 c / (1 + M) w_d*. Margins
     are from linear programmes (`realise`), for the parents with the smallest sets; under Top-k these hold the competition too.
@@ -51,14 +52,14 @@ def check_absorbable(facts: Facts) -> TheoryCard:
     if any(a.met is not True for a in assumptions):
         return card(T6, assumptions, Found("not checkable", "", numbers=numbers), facts.sums.n, 0.0)
     split, undecided = [], []
-    for i in parents.tolist():
+    for i in parents[:LOOKED].tolist():
         child = _split_off(facts, sets, i, float(raised[i]))
         (split if child >= 0 else undecided).append((i, child))
     if split:
         parent, child = split[0]
         witness = Witness(f"feature {child} leaves latent {parent} for a new one", (child,), (parent,))
-    left, right = len(split), len(parents)
-    reason = f"{left:,} of {right:,} parents can lose a child to a latent of its own"
+    left, right = len(split), len(split) + len(undecided)
+    reason = f"{left:,} of {right:,} parents looked at, of {len(parents):,}, can lose a child to a latent of its own"
     if undecided:
         latent = undecided[0][0]
         reason += f"; of latent {latent} the construction gives none"
@@ -68,7 +69,7 @@ def check_absorbable(facts: Facts) -> TheoryCard:
         Found(
             "holds" if left == right else "not checkable",
             reason,
-            "parents with a child that can be split off = parents",
+            "parents with a child that can be split off = parents looked at",
             left,
             right,
             witness,
