@@ -45,7 +45,7 @@ def best_rates(cells: list[dict]) -> dict[tuple[str, str], float]:
     table = pd.DataFrame(cells)
     score = (table["f1"] + table["mcc"]).groupby([table[c] for c in ("library", "method", "lr")]).mean().reset_index(name="score")
     best = score.loc[score.groupby(["library", "method"])["score"].idxmax()]
-    return {(row.library, row.method): row.lr for row in best.itertuples()}
+    return best.set_index(["library", "method"])["lr"].to_dict()
 
 
 def curve(cells: list[dict], side: tuple[str, str], lr: float | None, seed: int) -> dict[str, list[float]]:

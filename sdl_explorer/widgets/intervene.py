@@ -57,7 +57,7 @@ class Form(pn.viewable.Viewer):
 
     def settings(self) -> dict[str, Any]:
         """What the fields hold, under the names that `makes` has for it."""
-        raise NotImplementedError
+        raise TypeError(f"{type(self).__name__} has no settings(); a form needs them.")
 
     def refresh(self) -> None:
         """Say what the settings mean for the model as it is."""
