@@ -77,17 +77,21 @@ def test_quantile_examples_span_the_activations():
     assert found.of(0, "top")[-1].value > 0.98
 
 
-def test_the_seed_decides_and_memory_is_bounded():
+def test_the_seed_decides_and_memory_is_bounded(monkeypatch):
     dictionary, activations = pair()
     same = [find_examples(dictionary, activations, n_each=3, seed=5).rows for _ in range(2)]
     other = find_examples(dictionary, activations, n_each=3, seed=6).rows
     np.testing.assert_array_equal(*same)
     assert not np.array_equal(same[0], other)
-    reservoir = examples._Reservoir(4, 7, "cpu")
+    monkeypatch.setattr(examples, "WAITING", 50)
+    reservoir, keys = examples._Reservoir(4, 7, "cpu"), torch.rand(7, 90).round(decimals=1)
     for start in range(0, 90, 30):
-        keys = torch.rand(30, 7)
-        reservoir.add(keys, keys, start)
-        assert reservoir.keys.shape == reservoir.rows.shape == reservoir.values.shape == (4, 7)
+        rows = torch.arange(start, start + 30).repeat(7)
+        reservoir.add(torch.arange(7).repeat_interleave(30), keys[:, rows[:30]].flatten(), rows, rows.float())
+        assert sum(len(part[0]) for part in reservoir.parts) <= 4 * 7 + 50
+    expected = np.argsort(-keys.numpy(), axis=1, kind="stable")[:, :4]  # of equal keys the first
+    np.testing.assert_array_equal(reservoir.arrays()[0], expected)
+    np.testing.assert_array_equal(reservoir.arrays()[1], expected)
 
 
 def test_activations_of_one_latent_on_chosen_rows():

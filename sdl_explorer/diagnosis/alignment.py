@@ -136,7 +136,7 @@ class _Aligner(Accumulator):
             return
         codes = truth.codes[rows.start : rows.start + rows.n].to(rows.inputs.device)
         active = (codes[:, self.features.ids.clamp_min(0)] > 0) & (self.features.ids >= 0)
-        fires = rows.fired[:, self.detector]
+        fires = rows.codes_of(self.detector) > 0
         self.both += (active & fires).sum(dim=0)
         self.detected += fires.sum(dim=0)
         self.active += active.sum(dim=0)

@@ -14,6 +14,7 @@ from sdl_explorer.models.dictionary import SparseDictionary
 
 KINDS = ("random", "top", "quantile")
 POOL = 4  # quantile examples are picked from a random pool of POOL * n_each firing rows
+WAITING = 2**20  # entries that wait before they are cut down
 
 
 class Example(NamedTuple):
@@ -56,27 +57,51 @@ class ExampleSet:
 
 
 class _Reservoir:
-    """For every latent the rows with the largest keys so far, at most `size`: (size, n_latents), key -inf where empty."""
+    """For every latent the entries with the largest keys so far, at most `size`; of equal keys those that came first.
+
+    Entries that cannot be among them any more are left out as they come; the others wait, and are cut down together.
+    """
 
     def __init__(self, size: int, n_latents: int, device):
         self.size = size
-        self.keys = torch.empty(0, n_latents, device=device)
-        self.rows = torch.empty(0, n_latents, dtype=torch.int32, device=device)
-        self.values = torch.empty(0, n_latents, device=device)
+        self.floor = torch.full((n_latents,), -torch.inf, device=device)  # the smallest key of a latent that has `size`
+        nothing = torch.zeros(0, device=device)
+        self.parts = [(nothing.int(), nothing, nothing.int(), nothing)]  # latent, key, row, value
+        self.waiting = 0
 
-    def add(self, keys: Tensor, codes: Tensor, start: int) -> None:
-        keys, at = keys.topk(min(self.size, len(keys)), dim=0)
-        rows, values = (at + start).int(), codes.gather(0, at)
-        keys = torch.cat([self.keys, keys])
-        self.keys, at = keys.topk(min(self.size, len(keys)), dim=0)
-        self.rows = torch.cat([self.rows, rows]).gather(0, at)
-        self.values = torch.cat([self.values, values]).gather(0, at)
+    def add(self, latents: Tensor, keys: Tensor, rows: Tensor, values: Tensor) -> None:
+        kept = (keys > self.floor[latents]).nonzero()[:, 0]
+        self.parts.append((latents[kept].int(), keys[kept], rows[kept].int(), values[kept]))
+        self.waiting += len(kept)
+        if self.waiting > max(WAITING, len(self.parts[0][0])):
+            self.settle()
+
+    def settle(self) -> None:
+        """Cut down to `size` entries each, by latent and then from the largest key down."""
+        latent, key, row, value = (torch.cat(side) for side in zip(*self.parts, strict=True))
+        order = key.argsort(descending=True, stable=True)
+        latent, by_latent = latent[order].sort(stable=True)
+        rank = _ranks(latent, len(self.floor))
+        kept = (rank < self.size).nonzero()[:, 0]
+        latent, rank, order = latent[kept], rank[kept], order[by_latent[kept]]
+        self.parts, self.waiting = [(latent, key[order], row[order], value[order])], 0
+        last = (rank == self.size - 1).nonzero()[:, 0]
+        self.floor[latent[last].long()] = key[order[last]]
 
     def arrays(self) -> tuple[np.ndarray, np.ndarray]:
         """rows and values (n_latents, size), -1 and 0 where the latent fired less often."""
-        empty = self.keys == -torch.inf
-        rows, values = self.rows.masked_fill(empty, -1), self.values.masked_fill(empty, 0)
-        return rows.T.cpu().numpy(), values.T.cpu().numpy()
+        self.settle()
+        latent, _, row, value = (side.cpu().numpy() for side in self.parts[0])
+        place = latent, _ranks(self.parts[0][0], len(self.floor)).cpu().numpy()
+        rows, values = np.full((len(self.floor), self.size), -1, dtype=np.int32), np.zeros((len(self.floor), self.size), dtype=np.float32)
+        rows[place], values[place] = row, value
+        return rows, values
+
+
+def _ranks(latent: Tensor, n_latents: int) -> Tensor:
+    """The place of each entry among those of its latent, where they come by latent."""
+    count = torch.bincount(latent, minlength=n_latents)
+    return torch.arange(len(latent), device=latent.device) - (count.cumsum(0) - count)[latent]
 
 
 class _Collector(Accumulator):
@@ -93,10 +118,16 @@ class _Collector(Accumulator):
         self.count = torch.zeros(n_latents, dtype=torch.int64, device=device)
 
     def add(self, rows: Rows) -> None:
-        order = self.order[rows.start : rows.start + rows.n, None]
         self.count += rows.count
-        self.top.add(torch.where(rows.fired, rows.codes, -torch.inf), rows.codes, rows.start)
-        self.pool.add(torch.where(rows.fired, order, -torch.inf), rows.codes, rows.start)
+        order = self.order[rows.start : rows.start + rows.n]
+        if rows.sparse:
+            latent, row, value = rows.entries
+            self.top.add(latent, value, row + rows.start, value)
+            self.pool.add(latent, order[row], row + rows.start, value)
+            return
+        for reservoir, keys in ((self.top, rows.codes), (self.pool, order[:, None].expand_as(rows.codes))):
+            row, latent = (rows.fired & (keys > reservoir.floor)).nonzero(as_tuple=True)
+            reservoir.add(latent, keys[row, latent], row + rows.start, rows.codes[row, latent])
 
     def result(self) -> ExampleSet:
         top_rows, top_values = self.top.arrays()
@@ -138,7 +169,8 @@ def activations_of(dictionary: SparseDictionary, activations: Activations, laten
         raise ValueError(f"activations_of: latent {latent} does not exist; there are {dictionary.n_latents}.")
     chosen = activations.take(np.asarray(rows, dtype=np.int64))
     with evaluating(dictionary):
-        parts = [block.codes[:, latent].cpu() for block in encoded(dictionary, chosen)]
+        which = torch.tensor([latent], device=dictionary.device)
+        parts = [block.codes_of(which)[:, 0].cpu() for block in encoded(dictionary, chosen)]
     return torch.cat(parts).numpy() if parts else np.zeros(0, dtype=np.float32)
 
 

@@ -88,7 +88,7 @@ class _Checkup(Accumulator):
         self.n_ratio += int(seen.sum())
         fires = rows.count > 0
         if rows.sparse:
-            self.last[fires] = rows.start + rows.entries[1][rows.count.cumsum(0)[fires] - 1]
+            self.last[fires] = rows.start + rows.entries[1][(rows.first + rows.count)[fires] - 1]
         else:
             backwards = rows.fired.flip(0).to(torch.uint8).argmax(dim=0)  # rows after the last one on which each fires
             self.last = torch.where(fires, rows.start + rows.n - 1 - backwards, self.last)

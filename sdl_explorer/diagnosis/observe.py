@@ -28,6 +28,7 @@ from sdl_explorer.models.dictionary import Latents, SparseDictionary
 
 FIRES = 1e-6  # latent i fires on x when z_i > FIRES * |W_enc_i| * |input_scale x|: rounding at an exact zero is not firing
 BLOCK_BYTES = 16 * 2**20  # of one block's dense pre-activations; a pass holds a few blocks of this size
+WIDE_BYTES = 16 * BLOCK_BYTES  # the same where sigma selects, and they are never made
 MOST_ROWS = 4096
 SPARSE = 1 / 16  # share of the codes that fire, below which sums over entries beat a dense product
 
@@ -37,7 +38,9 @@ class Rows:
 
     inputs (b, d_in), targets (b, d_out; the same tensor as inputs for an SAE), reconstruction (b, d_out)
     count   how often each latent fires in this block, int (n_latents,)
-    sparse  whether few enough codes fire that `entries` is the cheap way to read them
+    first   where each latent's entries begin, int (n_latents,)
+    sparse  whether few enough codes fire that `entries` is the cheap way to read them; `codes` and `fired` then make dense
+            matrices, which `codes_of` does not
     """
 
     def __init__(self, start: int, inputs: Tensor, targets: Tensor, latents: Latents, reconstruction: Tensor, reads: Tensor):
@@ -45,23 +48,29 @@ class Rows:
         self.n, self.n_latents = len(inputs), latents.n_latents
         norms = inputs.norm(dim=1)
         if latents.is_sparse:
-            row, latent, value = latents.entries()
-            kept = value > reads[latent] * norms[row]
-            order = kept.nonzero()[:, 0][latent[kept].argsort(stable=True)]
-            self.entries = latent[order], row[order], value[order].float()
+            row, latent, value = latents.row, latents.layout[0], latents.values
+            self.entries = _by_latent(row, latent, value, (value > reads[latent] * norms[row]).nonzero()[:, 0])
             self.count = torch.bincount(self.entries[0], minlength=self.n_latents)
         else:
             codes = latents.values.float()
             self.fired = codes > norms[:, None] * reads
             self.codes = torch.where(self.fired, codes, 0)
             self.count = self.fired.sum(dim=0)
-        self.sparse = int(self.count.sum()) < SPARSE * self.n * self.n_latents
+        n_entries = len(self.entries[0]) if latents.is_sparse else int(self.count.sum())
+        self.sparse = n_entries < SPARSE * self.n * self.n_latents
 
     @cached_property
     def entries(self) -> tuple[Tensor, Tensor, Tensor]:
         """(latent, row in the block, value) of every code that fires, by latent and then by row."""
-        latent, row = self.fired.T.nonzero(as_tuple=True)
-        return latent, row, self.codes[row, latent]
+        if not self.sparse:
+            latent, row = self.fired.T.nonzero(as_tuple=True)
+            return latent, row, self.codes[row, latent]
+        row, latent = self.fired.nonzero(as_tuple=True)
+        return _by_latent(row, latent, self.codes[row, latent], slice(None))
+
+    @cached_property
+    def first(self) -> Tensor:
+        return self.count.cumsum(0) - self.count
 
     @cached_property
     def codes(self) -> Tensor:
@@ -73,6 +82,25 @@ class Rows:
     def fired(self) -> Tensor:
         """bool (b, n_latents)."""
         return self.codes > 0
+
+    def codes_of(self, chosen: Tensor) -> Tensor:
+        """Codes of some latents, (b, m) for m ids, which may repeat; zero wherever a latent does not fire."""
+        if not self.sparse:
+            return self.codes[:, chosen]
+        ids, place = chosen.unique(return_inverse=True)
+        column = torch.full((self.n_latents,), -1, device=chosen.device)
+        column[ids] = torch.arange(len(ids), device=chosen.device)
+        latent, row, value = self.entries
+        kept = (column[latent] >= 0).nonzero()[:, 0]
+        codes = value.new_zeros(self.n, len(ids)).index_put((row[kept], column[latent[kept]]), value[kept])
+        return codes[:, place]
+
+
+def _by_latent(row: Tensor, latent: Tensor, value: Tensor, kept) -> tuple[Tensor, Tensor, Tensor]:
+    """The kept entries, which come by row, by latent and then by row."""
+    row, latent, value = row[kept], latent[kept], value[kept]
+    latent, order = latent.sort(stable=True)
+    return latent, row[order], value[order].float()
 
 
 class Accumulator:
@@ -130,14 +158,15 @@ def observe(
     *,
     progress: Callable[[float], None] | None = None,
     block: int | None = None,
+    kept: "Kept | None" = None,
 ) -> list:
     """Several findings from one pass over the rows.
 
     `requests` holds findings or pairs (finding, settings); the results come back in that order, each equal to
     calling the finding alone. `progress(done)` is called with a fraction in [0, 1] after each block, and again at
     the same fraction during long work between blocks; an exception raised in it cancels the pass. `block` rows are
-    encoded at a time (None: about 16 MB of pre-activations). The encoder runs in eval mode without gradients on
-    the dictionary's device.
+    encoded at a time (None: about 16 MB of pre-activations, or 256 MB where they are never made). The encoder runs
+    in eval mode without gradients on the dictionary's device; blocks that `kept` holds are not encoded again.
 
     Raises ValueError for no rows, a wrong width, rows or weights that are not finite; TypeError for something
     that is not a finding or a setting that it does not declare.
@@ -155,7 +184,7 @@ def observe(
     with evaluating(dictionary):
         stream = Stream(dictionary, activations, pulse)
         wanted = [function.accumulator(stream, **settings) for function, settings in requests]
-        for rows in encoded(dictionary, activations, block):
+        for rows in encoded(dictionary, activations, block, kept):
             for accumulator in (*stream.shared.values(), *wanted):
                 accumulator.add(rows)
             done = (rows.start + rows.n) / activations.n
@@ -175,24 +204,75 @@ def evaluating(dictionary: SparseDictionary) -> Iterator[None]:
         dictionary.train(training)
 
 
-def encoded(dictionary: SparseDictionary, activations: Activations, block: int | None = None) -> Iterator[Rows]:
-    """The rows in blocks, each encoded once. Call it inside `evaluating`."""
-    size = block_rows(max(dictionary.n_latents, dictionary.d_in, dictionary.d_out)) if block is None else block
-    like = dictionary.W_enc
+class Kept:
+    """Encodings of whole blocks that outlive the pass: what `encoded` finds here is not computed again.
+
+    A block comes in parts, one after the other; it is written when every finding has had all of them.
+    """
+
+    def read(self, start: int) -> list[Latents] | None:
+        """The parts of the block that begins at this row; None where it is not there."""
+        raise TypeError(f"{type(self).__name__} has no read(start).")
+
+    def add(self, latents: Latents) -> None:
+        """The next part of a block that was not there."""
+        raise TypeError(f"{type(self).__name__} has no add(latents).")
+
+    def write(self, start: int) -> None:
+        """The block is complete."""
+        raise TypeError(f"{type(self).__name__} has no write(start).")
+
+
+def encoded(dictionary: SparseDictionary, activations: Activations, block: int | None = None, kept: Kept | None = None) -> Iterator[Rows]:
+    """The rows in blocks, each encoded once. Call it inside `evaluating`.
+
+    Where sigma selects without pre-activations, blocks are wide (WIDE_BYTES): sums over entries cost something for each latent and
+    block. Where it does not they come in parts of BLOCK_BYTES. The sizes depend on the problem's alone.
+    """
+    part = block_rows(max(dictionary.n_latents, dictionary.d_in, dictionary.d_out)) if block is None else block
+    select = getattr(dictionary.nonlinearity, "select", None)
+    wide = part if block is not None or select is None else max(part, block_rows(dictionary.n_latents, WIDE_BYTES))
+    like, same = dictionary.W_enc, activations.targets is activations.inputs
     reads = FIRES * dictionary.input_scale * like.float().norm(dim=1)
-    for start in range(0, activations.n, size):
-        inputs = activations.inputs[start : start + size].to(like)
-        targets = inputs if activations.targets is activations.inputs else activations.targets[start : start + size].to(like)
+    for start in range(0, activations.n, wide):
+        inputs = activations.inputs[start : start + wide].to(like)
+        targets = inputs if same else activations.targets[start : start + wide].to(like)
         _check_finite("inputs", inputs, start)
         _check_finite("targets", targets, start)
-        latents, reconstruction, _ = dictionary(inputs)
+        known = None if kept is None else kept.read(start)
+        begin = 0
+        for latents, reconstruction in _encodings(dictionary, inputs, part) if known is None else _decoded(dictionary, known):
+            span = slice(begin, begin + latents.n)
+            x, begin = inputs[span].float(), span.stop
+            y = x if same else targets[span].float()
+            if kept is not None and known is None:
+                kept.add(latents)
+            yield Rows(start + span.start, x, y, latents, reconstruction.float(), reads)
+        if kept is not None and known is None:
+            kept.write(start)
+
+
+def _encodings(dictionary: SparseDictionary, inputs: Tensor, size: int) -> Iterator[tuple[Latents, Tensor]]:
+    """Codes and reconstruction of all rows at once where sigma selects, of at most `size` rows at a time where it does not."""
+    select = getattr(dictionary.nonlinearity, "select", None)
+    selected = select(inputs, dictionary) if select is not None and len(inputs) > size else None
+    if selected is not None:
+        yield selected, dictionary.decode(selected)
+        return
+    for part in inputs.split(size):
+        latents, reconstruction, _ = dictionary(part)
         del _  # pre-activations, as large as the codes
-        yield Rows(start, inputs.float(), targets.float(), latents, reconstruction.float(), reads)
+        yield latents, reconstruction
 
 
-def block_rows(widest: int) -> int:
-    """Rows in a block whose widest matrix, as a rule the pre-activations, takes at most BLOCK_BYTES."""
-    return min(max(1, BLOCK_BYTES // (4 * widest)), MOST_ROWS)
+def _decoded(dictionary: SparseDictionary, parts: list[Latents]) -> Iterator[tuple[Latents, Tensor]]:
+    for latents in parts:
+        yield latents, dictionary.decode(latents)
+
+
+def block_rows(widest: int, most_bytes: int = BLOCK_BYTES) -> int:
+    """Rows in a block whose widest matrix, as a rule the pre-activations, takes at most so many bytes."""
+    return min(max(1, most_bytes // (4 * widest)), MOST_ROWS)
 
 
 class Moments(Accumulator):
@@ -230,9 +310,7 @@ class Moments(Accumulator):
     def _add_sparse(self, rows: Rows, values: Tensor, moment: Tensor) -> Tensor:
         _, row, value = rows.entries
         some = rows.count.nonzero()[:, 0]
-        ends = rows.count[some].cumsum(0)
-        starts = ends - rows.count[some]
-        moment[some] += embedding_bag(row, values, starts, mode="sum", per_sample_weights=value)
+        moment[some] += embedding_bag(row, values, rows.first[some], mode="sum", per_sample_weights=value)
         return moment
 
 
