@@ -1,6 +1,7 @@
 """Which feature is behind each firing of one latent, and how strongly the latent fires for it."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -12,10 +13,22 @@ from sdl_explorer.diagnosis.observe import Accumulator, Rows, Stream, finding, o
 from sdl_explorer.models.dictionary import SparseDictionary
 
 
+class Ridges(NamedTuple):
+    """Histograms of a latent's codes by cause, with shared bins, most rows first.
+
+    edges (n_bins + 1,);  features (k,), -1 where no feature adds, and -2 for all further ones together;  counts (k, n_bins) rows
+    """
+
+    edges: np.ndarray
+    features: np.ndarray
+    counts: np.ndarray
+
+
 @dataclass(frozen=True)
 class Causes:
     """The m rows on which a latent fires: their place in the activations, its code, the feature that adds most to its
-    pre-activation there (-1: none adds), and that feature's share of what all add."""
+    pre-activation there (-1: none adds), and that feature's share of what all add. Without truth, `names` is empty and every
+    feature is -1: the causes are unknown."""
 
     latent: int
     n_samples: int
@@ -29,35 +42,53 @@ class Causes:
         """The codes on the rows that this feature is behind: two features with two humps are two meanings."""
         return self.value[self.feature == feature]
 
+    def ridges(self, n_bins: int = 24, most: int = 6) -> Ridges:
+        """How strongly it fires for each cause; equal bins from 0 to the largest code. The `most` commonest features stand alone."""
+        edges = np.linspace(0, float(self.value.max(initial=0.0)) or 1.0, n_bins + 1)
+        real, rows = np.unique(self.feature[self.feature >= 0], return_counts=True)
+        alone = real[np.lexsort((real, -rows))][:most]
+        cause = np.where((self.feature < 0) | np.isin(self.feature, alone), self.feature, -2)
+        features = np.array([*alone, *(c for c in (-2, -1) if (cause == c).any())], dtype=np.int64)
+        counts = np.array([np.histogram(self.value[cause == c], edges)[0] for c in features], dtype=np.int64)
+        return Ridges(edges, features, counts.reshape(len(features), n_bins))
+
 
 class _Tracer(Accumulator):
     def __init__(self, stream: Stream, *, latent=0):
         super().__init__(stream)
         if not 0 <= latent < stream.dictionary.n_latents:
             raise ValueError(f"trace_causes: latent {latent} does not exist; there are {stream.dictionary.n_latents}.")
-        self.features, self.latent, self.n = true_directions(stream.activations, stream.dictionary, "trace_causes"), int(latent), 0
-        self.codes = true_codes(stream.activations)
-        self.overlap = self.features.inputs @ stream.dictionary.W_enc[latent].float()
+        self.latent, self.n = int(latent), 0
+        self.known = stream.activations.truth is not None
+        if self.known:
+            self.features = true_directions(stream.activations, stream.dictionary, "trace_causes")
+            self.codes = true_codes(stream.activations)
+            self.overlap = self.features.inputs @ stream.dictionary.W_enc[latent].float()
         self.parts: list[tuple[np.ndarray, ...]] = []
 
     def add(self, rows: Rows) -> None:
         first = int(rows.count[: self.latent].sum())
         row, value = (part[first : first + int(rows.count[self.latent])] for part in rows.entries[1:])
-        drive = (self.codes[row.to(self.codes.device) + rows.start].to(row.device).float() * self.overlap).relu_()
-        largest, feature = drive.max(dim=1)
-        feature = torch.where(largest > 0, feature, -1)
-        share = largest / torch.where(largest > 0, drive.sum(dim=1), 1)
+        feature, share = self._cause(row, rows.start) if self.known else (torch.full_like(row, -1), torch.zeros_like(value))
         self.parts.append(tuple(part.cpu().numpy() for part in (row + rows.start, value, feature, share)))
         self.n += rows.n
 
+    def _cause(self, row: torch.Tensor, start: int) -> tuple[torch.Tensor, torch.Tensor]:
+        drive = (self.codes[row.to(self.codes.device) + start].to(row.device).float() * self.overlap).relu_()
+        largest, feature = drive.max(dim=1)
+        feature = torch.where(largest > 0, feature, -1)
+        return feature, largest / torch.where(largest > 0, drive.sum(dim=1), 1)
+
     def result(self) -> Causes:
-        return Causes(self.latent, self.n, self.features.names, *(np.concatenate(parts) for parts in zip(*self.parts, strict=True)))
+        names = self.features.names if self.known else ()
+        return Causes(self.latent, self.n, names, *(np.concatenate(parts) for parts in zip(*self.parts, strict=True)))
 
 
 @finding(_Tracer)
 def trace_causes(dictionary: SparseDictionary, activations: Activations, latent: int = 0) -> Causes:
     """For one latent, the feature behind each row on which it fires: argmax_k relu(codes_k <W_enc_latent, w_p^k>).
 
-    Raises ValueError without true features, for a latent that does not exist, and for what `observe` refuses.
+    Without true features the rows and codes are there, and every cause is -1. Raises ValueError for a latent that does not
+    exist, and for what `observe` refuses.
     """
     return observe(dictionary, activations, [(trace_causes, {"latent": latent})])[0]

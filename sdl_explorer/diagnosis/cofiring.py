@@ -90,7 +90,7 @@ class CoFiring(Accumulator):
         first = active.cumsum() - active
         share = (np.arange(n_levels)[:, None] + 0.5) / n_levels
         place = np.minimum(first + (share * active).astype(np.int64), max(len(value) - 1, 0))
-        return np.where(active > 0, value[place] if len(value) else 1.0, 1.0).astype(np.float32)
+        return np.where(active > 0, value[place] if len(value) else np.ones(place.shape), 1.0).astype(np.float32)
 
     def _active(self) -> tuple[np.ndarray, np.ndarray]:
         features, values = zip(*self.entries, strict=True)

@@ -10,11 +10,12 @@ from sdl_explorer.data.activations import Activations
 from sdl_explorer.diagnosis.cofiring import CoFiring, Together, true_codes, true_directions
 from sdl_explorer.diagnosis.cosines import cosines_of, latent_blocks
 from sdl_explorer.diagnosis.matching import Matcher
-from sdl_explorer.diagnosis.observe import Accumulator, Rows, Stream, finding, observe
+from sdl_explorer.diagnosis.observe import Accumulator, Rows, Stream, encoded, finding, observe
 from sdl_explorer.diagnosis.sparse import row_of
 from sdl_explorer.models.dictionary import SparseDictionary
 
 MERGED = 0.5  # signed cosine of a decoder row with two features that it may have merged: equal parts of two give 0.71, of four 0.5
+ALONE = 4096  # features that are shown alone at once
 LEAST_NORM = 1e-6  # rows below it have no ratio of norms (as in sae-lens)
 
 
@@ -36,6 +37,8 @@ class Recovery:
     n_latents_above       latents whose decoder row has signed cosine tau or more with it: more than one is one-to-many
     classifier, classifier_f1   the latent with the best F1 for it, whatever its direction; -1 and 0 where none ever fires with it
     status                "recovered" | "one-to-many" | "merged" (none at tau; its best latent writes another feature too) | "missed"
+    n_merged              other features at signed cosine 0.5 or more with the best latent, where that is not further off itself
+    residual              |a w_r - recon| / a of the feature shown alone, a its median activation, less and with the data's constant
 
     l0, true_l0           mean number of latents that fire, and of features that are active, a row
     shrinkage             mean |recon| / |x_r| over rows that are not zero (sae-lens's meaning; `slope` is the other)
@@ -63,6 +66,8 @@ class Recovery:
     classifier: Int[np.ndarray, " n_features"]
     classifier_f1: Float[np.ndarray, " n_features"]
     status: np.ndarray
+    n_merged: Int[np.ndarray, " n_features"]
+    residual: Float[np.ndarray, " n_features"]
     l0: float
     true_l0: float
     shrinkage: float
@@ -77,6 +82,9 @@ class Recovery:
     alive_f1 = property(lambda self: _mean(self.f1[~self.silent]), doc="Over the latents that fired; 0 where none did.")
     feature_f1 = property(lambda self: float(self.classifier_f1.mean()), doc="Mean over features of the best F1 of any latent.")
     dead_fraction = property(lambda self: float(self.silent.mean()), doc="Share of the latents that did not fire on these rows.")
+    verdicts = property(
+        lambda self: _verdicts(self), doc="The status of each feature in words: recovered, split into k, merged with k, missed."
+    )
     missed = property(lambda self: np.flatnonzero(self.status == "missed"), doc="Features that no latent stands for.")
 
     def __repr__(self) -> str:
@@ -165,6 +173,8 @@ class _Scorer(Accumulator):
             classifier=classifier,
             classifier_f1=classifier_f1,
             status=self._status(),
+            n_merged=self._merged(),
+            residual=self._residual(together),
             l0=float(fired.sum() / n),
             true_l0=float(together.active.sum() / n),
             shrinkage=self.ratio / self.n_ratio if self.n_ratio else 0.0,
@@ -177,9 +187,24 @@ class _Scorer(Accumulator):
 
     def _status(self) -> np.ndarray:
         """Below tau, a feature is merged when its best latent is near another feature too: one that both fire, or its parent."""
-        above, shared = self.above.numpy(), self.n_near[self.best_latent].numpy() > 1
-        merged = shared & (self.best_cosine.numpy() >= MERGED)
+        above, merged = self.above.numpy(), self._merged() > 0
         return np.where(above > 1, "one-to-many", np.where(above == 1, "recovered", np.where(merged, "merged", "missed")))
+
+    def _merged(self) -> np.ndarray:
+        return np.where(self.best_cosine.numpy() >= MERGED, self.n_near[self.best_latent].numpy() - 1, 0)
+
+    def _residual(self, together: Together) -> np.ndarray:
+        """What the dictionary leaves of each feature shown alone. Rows may have a constant, which every feature is shown with."""
+        dictionary, features = self.stream.dictionary, self.features
+        median = torch.as_tensor(self.cofiring.magnitudes(1)[0], device=dictionary.device)[:, None]
+        mean = torch.as_tensor(together.strength / together.n, device=dictionary.device).float()
+        reads, writes = self.stream.input_mean - mean @ features.inputs, self.stream.target_mean - mean @ features.targets
+        left = []
+        for part in torch.arange(len(median), device=dictionary.device).split(ALONE):
+            shown = Activations(reads + median[part] * features.inputs[part], writes + median[part] * features.targets[part])
+            left += [(rows.targets - rows.reconstruction).norm(dim=1) for rows in encoded(dictionary, shown)]
+            self.stream.pulse()
+        return (torch.cat(left) / median[:, 0]).cpu().numpy()
 
 
 @finding(_Scorer)
@@ -212,6 +237,11 @@ def _best_classifiers(together: Together) -> tuple[np.ndarray, np.ndarray]:
     at = np.flatnonzero(f1 == score[feature])[::-1]  # the last one written, the first latent, stays
     best[feature[at]] = latent[at]
     return best, score
+
+
+def _verdicts(found: Recovery) -> np.ndarray:
+    words = {"one-to-many": ("split into", found.n_latents_above), "merged": ("merged with", found.n_merged)}
+    return np.array([f"{words[s][0]} {words[s][1][k]}" if s in words else s for k, s in enumerate(found.status.tolist())])
 
 
 def _no_matching(n_features: int) -> tuple[np.ndarray, np.ndarray]:
