@@ -15,7 +15,7 @@ from sdl_explorer.training.plan import Plan
 from sdl_explorer.training.run import Run, method_of
 from sdl_explorer.training.state import TrainState
 
-INTERVENTIONS = ("resample", "anchor", "realign", "release")
+INTERVENTIONS = ("resample", "anchor", "realign", "release", "prune", "split", "unabsorb")
 ARMS = ("untreated", "treated", "sham")
 
 

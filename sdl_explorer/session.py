@@ -41,10 +41,13 @@ from sdl_explorer.training.interventions import Anchor, Intervention, Release, R
 from sdl_explorer.training.lane import lane_of
 from sdl_explorer.training.optim import ramped, ramps_of
 from sdl_explorer.training.plan import Plan
+from sdl_explorer.training.prune import Prune
 from sdl_explorer.training.realign import Realign
 from sdl_explorer.training.run import CHOOSE_ROWS, SETTINGS, Diverged, Run, completed, method_of, settings_from
 from sdl_explorer.training.snapshot import Job, Snapshot
+from sdl_explorer.training.split import Split
 from sdl_explorer.training.state import Schedule, TrainState, threads_for
+from sdl_explorer.training.unabsorb import Unabsorb
 
 JUDGE_ROWS = 10_000
 MOMENT_STEPS = 100
@@ -284,6 +287,18 @@ class Session(Settings):
     def realign(self, latents=None, **settings) -> Commit:
         """Turn encoder rows to what fires their latents (None: all that are alive and not pinned); see `Realign`."""
         return self.apply(Realign(latents=latents, **settings))
+
+    def split(self, latents=None, **settings) -> Commit:
+        """Give one direction of latents that stand for two (None: all such) to spare ones; see `Split`."""
+        return self.apply(Split(latents=latents, **settings))
+
+    def unabsorb(self, latents=None, **settings) -> Commit:
+        """Take parents out of latents that write them too (None: all that look like it); see `Unabsorb`."""
+        return self.apply(Unabsorb(latents=latents, **settings))
+
+    def prune(self, latents) -> Commit:
+        """Take latents out; see `Prune`."""
+        return self.apply(Prune(latents=latents))
 
     def release(self, latents=None) -> Commit:
         """Let go of pinned and of pulled latents (None: all)."""

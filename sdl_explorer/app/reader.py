@@ -26,8 +26,8 @@ from sdl_explorer.views.view import Before, Commits
 from sdl_explorer.views.words import NOT_COMPUTED, not_finite
 from sdl_explorer.widgets.intervene import CLASS, GIVEN, TRUE
 
+INTERVENTIONS = ("resample", "anchor", "realign", "release", "prune", "split", "unabsorb")
 KINDS = {"sae": "SAE", "transcoder": "Transcoder", "crosscoder": "Crosscoder"}
-INTERVENTIONS = ("resample", "anchor", "realign", "release")
 
 
 class Reader:
