@@ -87,6 +87,8 @@ def describe_data(source, sample) -> str:
     lines.append(f"width {width}; " + ("rows generated without end" if source.n is None else f"{count(source.n)} rows"))
     if truth is None:
         lines.append("no ground truth")
+    elif not truth.complete:
+        lines.append(getattr(source, "summary", f"{count(truth.n_features)} features are known, and others are not"))
     else:
         parents = sum(p is not None for p in truth.parents)
         lines.append(f"ground truth: {count(truth.n_features)} features" + (f", {count(parents)} with a parent" if parents else ""))

@@ -74,13 +74,17 @@ class Examples:
 @dataclass(frozen=True)
 class Truth:
     """The linear representation behind generated data: x_p = W_p x and x_r = W_r x, x >= 0
-    (arXiv 2512.05534, Assumption 2.1). Features are rows here."""
+    (arXiv 2512.05534, Assumption 2.1). Features are rows here.
+
+    `complete`: no other feature is in the rows. False where known ones were put into rows that hold unknown ones too.
+    """
 
     codes: Float[Tensor, "n n_features"]
     input_features: Float[Tensor, "n_features d_in"]
     target_features: Float[Tensor, "n_features d_out"]
     parents: tuple[int | None, ...] = ()
     names: tuple[str, ...] = ()
+    complete: bool = True
 
     @property
     def n_features(self) -> int:

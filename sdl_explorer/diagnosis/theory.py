@@ -32,6 +32,8 @@ class _Checker(Accumulator):
         activations, n_latents = self.stream.activations, self.stream.dictionary.n_latents
         if activations.truth is None:
             return "these activations have no truth (truth=None)"
+        if not activations.truth.complete:
+            return f"{activations.truth.n_features:,} features are known, put into rows with others that are not"
         n = len(true_directions(activations, self.stream.dictionary, "check_theory").names)
         cells = n * max(n, n_latents)
         return f"{n:,} features x {max(n, n_latents):,} are {cells:,} cells; {LARGEST:,} are kept" if cells > LARGEST else ""

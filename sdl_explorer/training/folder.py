@@ -24,6 +24,7 @@ import param
 from filelock import FileLock
 
 from sdl_explorer.data.sources import Generated, Source
+from sdl_explorer.data.spikes import SpikeIn
 from sdl_explorer.data.store import Stored
 from sdl_explorer.models.atomic import write_file
 from sdl_explorer.registry import member
@@ -130,6 +131,9 @@ def source_record(source: Source, folder: Path) -> dict[str, Any]:
     record: dict[str, Any] = {"class": type(source).__name__, "fingerprint": source.fingerprint()}
     if isinstance(source, Generated):
         record["settings"] = settings_of(source)
+    elif isinstance(source, SpikeIn):
+        settings = settings_of(source)
+        record |= {"settings": settings | {"source": None}, "inside": source_record(settings["source"], folder)}
     elif isinstance(source, Stored):
         if source.origin is None and source.nbytes <= KEEP_DATA:
             source.save(folder / "data")
@@ -151,6 +155,8 @@ def restore_source(record: dict[str, Any], folder: Path, given: Source | None) -
 
 
 def _rebuilt(record: dict[str, Any], folder: Path) -> Source:
+    if "inside" in record:
+        return SpikeIn(**record["settings"] | {"source": _rebuilt(record["inside"], folder)})
     if "settings" in record:
         return member(Source, record["class"])(**record["settings"])
     if record.get("path") is None:

@@ -5,7 +5,6 @@ from typing import Any
 import panel as pn
 import panel_material_ui as pmui
 
-from sdl_explorer.data.store import Stored
 from sdl_explorer.training.interventions import Anchor, Intervention, Resample
 from sdl_explorer.training.realign import Realign, refusal
 from sdl_explorer.views.words import count, no_dead, plural
@@ -43,7 +42,7 @@ def proposed(session) -> tuple[dict, str]:
     if "k" in session.method.param:
         settings["scale"] = 1.0
         why.append(COMPETING)
-    if isinstance(session.source, Stored):
+    if session.source.n is not None:
         settings["target"] = "residual"
         why.append(SHARED)
     return settings, " ".join(why)
