@@ -56,7 +56,7 @@ class ExampleSet:
         return tuple(e for e in found if kind in (None, e.kind))
 
 
-class _Reservoir:
+class Reservoir:
     """For every latent the entries with the largest keys so far, at most `size`; of equal keys those that came first.
 
     Entries that cannot be among them any more are left out as they come; the others wait, and are cut down together.
@@ -111,8 +111,8 @@ class _Collector(Accumulator):
             raise ValueError(f"find_examples: n_each is {n_each}; it must be at least 1.")
         n_latents, device = stream.dictionary.n_latents, stream.dictionary.device
         self.n_each = n_each
-        self.top = _Reservoir(n_each, n_latents, device)
-        self.pool = _Reservoir(POOL * n_each, n_latents, device)
+        self.top = Reservoir(n_each, n_latents, device)
+        self.pool = Reservoir(POOL * n_each, n_latents, device)
         # one random order of all rows: the first firing rows in it are a uniform sample for every latent
         self.order = torch.randperm(stream.activations.n, generator=torch.Generator().manual_seed(seed)).float().to(device)
         self.count = torch.zeros(n_latents, dtype=torch.int64, device=device)
