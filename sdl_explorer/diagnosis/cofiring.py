@@ -1,5 +1,6 @@
 """Which true features are active when a latent fires: sparse counts, so that a million features fit."""
 
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -14,6 +15,7 @@ from sdl_explorer.diagnosis.sparse import Csr, like
 from sdl_explorer.models.dictionary import SparseDictionary
 
 PAIRS = 2**23  # latent-feature pairs that wait before they are added up
+STRIPS = 32
 
 
 class Together(NamedTuple):
@@ -43,7 +45,10 @@ class CoFiring(Accumulator):
         self.codes, self.n_latents = true_codes(stream.activations), stream.dictionary.n_latents
         self.n_features = self.codes.shape[1]
         self.n, self.fired = 0, np.zeros(self.n_latents, dtype=np.int64)
-        self.both: Csr = csr_array((self.n_latents, self.n_features), dtype=np.complex64)
+        # in strips of latents, so that adding to one takes little room
+        ends = np.unique(np.linspace(0, self.n_latents, STRIPS + 1).astype(np.int64))
+        self.strips = [slice(a, b) for a, b in pairwise(ends)]
+        self.both: list[Csr] = [csr_array((s.stop - s.start, self.n_features), dtype=np.complex64) for s in self.strips]
         self.entries: list[tuple[np.ndarray, np.ndarray]] = []  # (feature, value) of every active code
         self.waiting: list[tuple[Csr, Csr]] = []
         self.pairs = 0
@@ -69,18 +74,33 @@ class CoFiring(Accumulator):
     def result(self) -> Together:
         if self.done is None:
             self._flush()
-            self.both.sort_indices()
             feature, value = self._active()
+            count, total = self._matrices()
             self.done = Together(
                 n=self.n,
-                count=like(self.both, self.both.data.imag.copy()),
-                total=like(self.both, self.both.data.real.copy()),
+                count=count,
+                total=total,
                 fired=self.fired,
                 active=np.bincount(feature, minlength=self.n_features),
                 strength=np.bincount(feature, weights=value, minlength=self.n_features),
             )
-            self.both = csr_array(self.both.shape, dtype=np.complex64)
         return self.done
+
+    def _matrices(self) -> tuple[Csr, Csr]:
+        """Count and total, which share their index arrays; the strips make room for them."""
+        ends = np.concatenate([[0], np.cumsum([strip.nnz for strip in self.both])])
+        indices = np.empty(ends[-1], dtype=np.int32)
+        counts, totals = np.empty((2, ends[-1]), dtype=np.float32)
+        indptr = [np.zeros(1, dtype=np.int64)]
+        for start, stop in pairwise(ends):
+            strip = self.both.pop(0)
+            strip.sort_indices()
+            indptr.append(strip.indptr[1:] + start)
+            indices[start:stop], counts[start:stop], totals[start:stop] = strip.indices, strip.data.imag, strip.data.real
+        places = np.concatenate(indptr)
+        places = places.astype(np.int32) if ends[-1] < 2**31 else places
+        count: Csr = csr_array((counts, indices, places), shape=(self.n_latents, self.n_features))
+        return count, like(count, totals)
 
     def magnitudes(self, n_levels: int) -> Float[np.ndarray, "n_levels n_features"]:
         """The middles of n_levels equal shares of each feature's activations, from the smallest up; 1 where it was never active."""
@@ -99,8 +119,11 @@ class CoFiring(Accumulator):
 
     def _flush(self) -> None:
         if self.waiting:
-            fires, active = zip(*self.waiting, strict=True)
-            self.both = self.both + csr_array(hstack(fires, format="csr") @ vstack(active, format="csr"))
+            fires, active = (
+                matrices(side, format="csr") for matrices, side in zip((hstack, vstack), zip(*self.waiting, strict=True), strict=False)
+            )
+            for i, strip in enumerate(self.strips):
+                self.both[i] = self.both[i] + fires[strip] @ active
         self.waiting, self.pairs = [], 0
 
 

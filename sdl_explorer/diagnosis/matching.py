@@ -44,11 +44,13 @@ class Matcher:
 
     def solve(self, signed: bool = True) -> tuple[np.ndarray, np.ndarray]:
         """Each feature's latent (int, -1 for none) and the cosine of the pair (0 for none)."""
-        return self._sparse(signed) if self.whole is None else self._dense(self.whole if signed else np.abs(self.whole))
+        return self._sparse(signed) if self.whole is None else self._dense(self.whole, signed)
 
-    def _dense(self, scores: np.ndarray):
-        rows, columns = linear_sum_assignment(scores, maximize=True)
-        return self._result(rows, columns, scores[rows, columns])
+    def _dense(self, scores: np.ndarray, signed: bool):
+        costs = scores.astype(np.float64)  # the solver's own type, signs turned here: it makes no further copy
+        np.negative(costs if signed else np.abs(costs, out=costs), out=costs)
+        rows, columns = linear_sum_assignment(costs)
+        return self._result(rows, columns, -costs[rows, columns])
 
     def _sparse(self, signed: bool):
         values, ids = (part.cpu().numpy() for part in self.kept[signed])

@@ -23,7 +23,7 @@ def like(pattern: Csr, data: np.ndarray) -> Csr:
 
 def only(matrix: Csr, kept: np.ndarray) -> Csr:
     """The entries under a mask, as a matrix of its own."""
-    ends = np.concatenate([[0], np.cumsum(kept)])[matrix.indptr]
+    ends = np.concatenate([[0], np.cumsum(_by_row(matrix, np.add, kept, np.int64))])
     return csr_array((matrix.data[kept], matrix.indices[kept], ends.astype(matrix.indptr.dtype)), shape=matrix.shape)
 
 
@@ -34,15 +34,20 @@ def row_of(matrix: Csr) -> Int[np.ndarray, " n_entries"]:
 
 def row_sums(matrix: Csr) -> Float[np.ndarray, " n_rows"]:
     """Sums of the stored values of each row, in double precision."""
-    return np.bincount(row_of(matrix), weights=matrix.data, minlength=matrix.shape[0]).astype(np.float64)
+    return _by_row(matrix, np.add, matrix.data, np.float64)
 
 
 def row_maxima(matrix: Csr) -> Float[np.ndarray, " n_rows"]:
     """The largest stored value of each row, 0 where there is none; values are >= 0."""
-    some, largest = np.flatnonzero(np.diff(matrix.indptr)), np.zeros(matrix.shape[0])
+    return _by_row(matrix, np.maximum, matrix.data, np.float64)
+
+
+def _by_row(matrix: Csr, reduce: np.ufunc, values: np.ndarray, dtype) -> np.ndarray:
+    """The values of each row's entries, reduced to one; 0 where there are none."""
+    some, out = np.flatnonzero(np.diff(matrix.indptr)), np.zeros(matrix.shape[0], dtype=dtype)
     if len(some):
-        largest[some] = np.maximum.reduceat(matrix.data, matrix.indptr[some])
-    return largest
+        out[some] = reduce.reduceat(values, matrix.indptr[some], dtype=dtype)
+    return out
 
 
 def overlaps(rows: Float[Tensor, "n_latents d"], directions: Float[Tensor, "n_features d"], pattern: Csr) -> np.ndarray:

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from sdl_explorer.models.dictionary import Latents, Nonlinearity
-from sdl_explorer.models.kernels import pays, top_batch, top_rows
+from sdl_explorer.models.kernels import above, pays, top_batch, top_rows
 from sdl_explorer.models.methods.base import Method
 from sdl_explorer.models.terms import squared_error
 
@@ -50,9 +50,11 @@ class BatchTopKSelection(Nonlinearity):
         return {"k": self.k}
 
     def select(self, inputs: Tensor, dictionary) -> Latents | None:
-        """What `forward` gives in training, as in TopKSelection."""
+        """What `forward` gives, where it is cheaper without pre-activations of size n x n_latents; otherwise None."""
+        if not self.training:
+            return above(inputs, dictionary, self.threshold.clamp_min(0), lambda pre, _: pre.relu() * (pre > self.threshold))
         count = self.k * len(inputs)
-        return top_batch(inputs, dictionary, count) if self.training and pays(len(inputs), dictionary, count) else None
+        return top_batch(inputs, dictionary, count) if pays(len(inputs), dictionary, count) else None
 
     def forward(self, pre: Tensor, *, inputs, dictionary) -> Tensor:
         codes = pre.relu()
