@@ -43,6 +43,7 @@ _HOMES = {
     "sdl_explorer.diagnosis.absorption": ("find_absorption",),
     "sdl_explorer.diagnosis.candidates": ("suspect_absorption",),
     "sdl_explorer.diagnosis.examples": ("find_examples",),
+    "sdl_explorer.diagnosis.explain": ("explain",),
     "sdl_explorer.diagnosis.causes": ("trace_causes",),
     "sdl_explorer.diagnosis.groups": ("trace_groups",),
     "sdl_explorer.diagnosis.pairs": ("count_pairs",),

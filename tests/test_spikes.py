@@ -5,8 +5,27 @@ import pytest
 import torch
 from torch import Generator
 
-from sdl_explorer import HierarchyBench, LinearBench, Session, SpikeIn, Stored, TopK
+from sdl_explorer import (
+    HierarchyBench,
+    LinearBench,
+    Session,
+    SparseDictionary,
+    SpikeIn,
+    Stored,
+    TopK,
+    align,
+    check_theory,
+    find_absorption,
+    precision_on_spikes,
+    score_recovery,
+    trace_causes,
+    trace_patterns,
+)
+from sdl_explorer.app.facts import describe_data
+from sdl_explorer.data.activations import Activations
 from sdl_explorer.data.sources import PARTS
+from sdl_explorer.diagnosis.observe import Accumulator, finding, observe
+from sdl_explorer.diagnosis.spiked import judge_of
 
 ROWS = torch.randn(600, 12, generator=Generator().manual_seed(1)) @ torch.randn(12, 12, generator=Generator().manual_seed(2)) + 3
 TREE = (None, 0, 0, None, 1)
@@ -118,7 +137,7 @@ def test_children_fire_in_their_parents_rows_alone():
 
 def test_a_tree_in_any_order_is_the_same_tree():
     order = [4, 2, 0, 3, 1]  # new place -> old spike
-    turned = tuple(None if TREE[k] is None else order.index(TREE[k]) for k in order)
+    turned = tuple(None if (above := TREE[k]) is None else order.index(above) for k in order)
     active = drawn(n_features=5, rate=0.2, parents=turned)[1] > 0
     for place, parent in enumerate(turned):
         assert parent is None or not (active[:, place] & ~active[:, parent]).any()
@@ -231,3 +250,160 @@ def test_what_it_says_of_itself():
     assert "4 spike-ins in Stored, each active in 1.00% of the rows, 0.3 times" in source.summary
     assert "independent of the rows and of each other. The data's own features are unknown." in source.summary
     assert "children are active only in their parents' rows" in SpikeIn(stored(), 5, parents=TREE).summary
+
+
+# what findings make of them --------------------------------------------------------------------------------------------
+
+FAMILY = (None,) * 7 + (6,)  # spike 7 fires inside spike 6
+
+
+@pytest.fixture(scope="module")
+def spiked() -> SpikeIn:
+    """Eight spikes far above rows of noise, one inside another."""
+    rows = torch.randn(6_000, 24, generator=Generator().manual_seed(5))
+    return SpikeIn(Stored(rows), 8, rate=0.06, magnitude=8, parents=FAMILY, child_rate=0.4, directions="uniform")
+
+
+def planted(source: SpikeIn, noise: float = 0.0) -> SparseDictionary:
+    """0, 1: a spike each. 2: two spikes. 3: the rows' own. 4, 5: one spike twice. 6, 7: a parent absorbed by its child. 8: dead."""
+    F = source.input_features
+    reads, generator = torch.linalg.pinv(F).T, Generator().manual_seed(0)
+    own = torch.randn(24, generator=generator)
+    own = own - own @ torch.linalg.pinv(F) @ F
+    enc = torch.stack([reads[0], reads[1], reads[2] + reads[3], own, reads[4], 2 * reads[4], reads[6] - reads[7], reads[7], 0 * own])
+    dec = torch.stack([F[0], F[1], F[2] + F[3], own / own.norm() ** 2, F[4] / 2, F[4] / 4, F[6], F[6] + F[7], own])
+    enc = enc + noise * enc.norm(dim=1, keepdim=True) * torch.randn(enc.shape, generator=generator) / 24**0.5
+    b_enc = torch.where(enc.norm(dim=1) > 0, -0.3 * 8 * source.unit, -1.0)
+    b_enc[3] = 0
+    return SparseDictionary(enc, dec, b_enc)
+
+
+def judged(source, n=600):
+    return source.sample(n, Generator().manual_seed(3), "judge")
+
+
+@pytest.fixture(scope="module")
+def rows(spiked):
+    return spiked.sample(4_000, Generator().manual_seed(3), "train")
+
+
+def permuted(dictionary, order):
+    return SparseDictionary(dictionary.W_enc[order], dictionary.W_dec[order], dictionary.b_enc[order])
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.05])
+@pytest.mark.parametrize("order", [list(range(9)), [8, 2, 5, 0, 7, 1, 4, 6, 3]])
+def test_patterns_know_what_no_spike_explains(spiked, rows, noise, order):
+    found = trace_patterns(permuted(planted(spiked, noise), order), rows)
+    status = dict(zip(order, found.status, strict=True))
+    assert [status[i] for i in (0, 1, 2, 3, 4, 5, 6, 7, 8)] == ["mono", "mono", "poly", "alive", "mono", "mono", "mono", "mono", "dead"]
+    assert np.isfinite(found.other).all() and (found.other[order.index(3)] > 0.8) and (found.other[order.index(0)] < 0.1)
+    assert "1 alive" in repr(found)
+
+
+def test_a_complete_truth_leaves_nothing_unknown():
+    rows = HierarchyBench().sample(500, Generator().manual_seed(0))
+    found = trace_patterns(SparseDictionary(rows.truth.input_features, rows.truth.target_features), rows)
+    assert not found.other.any() and "alive" not in found.status
+
+
+def test_absorption_recovery_and_alignment_see_the_spikes_through_the_rows(spiked, rows):
+    dictionary = planted(spiked)
+    (edge,) = find_absorption(dictionary, rows).edges
+    assert (edge.kind, edge.latent, edge.absorber) == ("absorbed", 6, 7)
+    clean = planted(spiked)
+    reads, F = torch.linalg.pinv(spiked.input_features).T, spiked.input_features
+    with torch.no_grad():
+        clean.W_enc[6], clean.W_dec[7] = reads[6], F[7]
+    assert find_absorption(clean, rows).edges[0].kind == "none"
+    found = score_recovery(clean, rows)
+    assert found.status.tolist() == ["recovered"] * 2 + ["merged"] * 2 + ["one-to-many", "missed"] + ["recovered"] * 2
+    assert "8 known features beside unknown ones" in repr(found) and "feature_f1" in repr(found)
+    assert align(clean, rows).recovery(0.95) == pytest.approx(5 / 8)
+
+
+def test_a_cause_is_a_spike_only_where_it_adds_more_than_the_rest_of_the_row(spiked, rows):
+    of_spike, of_rows = (trace_causes(planted(spiked, 0.05), rows, latent) for latent in (0, 3))
+    assert (of_spike.feature == 0).mean() > 0.95 and of_spike.share.mean() > 0.8
+    known = (of_rows.feature >= 0).mean()
+    with_spike = (rows.truth.codes[of_rows.row].sum(dim=1) > 0).float().mean()
+    assert known < 0.7 * with_spike and np.isfinite(of_rows.share).all()
+
+
+def test_theory_says_nothing_of_a_truth_that_is_not_whole(spiked):
+    cards = check_theory(planted(spiked), judged(spiked))
+    assert {card.verdict for card in cards} == {"not checkable"}
+    assert "8 features are known" in repr(cards[0])
+
+
+def test_the_app_says_what_is_known_and_what_not(spiked):
+    words = describe_data(spiked, judged(spiked))
+    assert "8 spike-ins in Stored" in words and "own features are unknown" in words and "ground truth" not in words
+
+
+# precision of detectors ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.05])
+@pytest.mark.parametrize("order", [list(range(9)), [8, 2, 5, 0, 7, 1, 4, 6, 3]])
+def test_candidates_are_judged_where_spikes_can(spiked, rows, noise, order):
+    dictionary = permuted(planted(spiked, noise), order)
+    at = lambda *latents: tuple(order.index(i) for i in latents)
+    poly = precision_on_spikes(dictionary, rows, at(0, 2, 3, 8), "polysemantic")
+    assert (poly.hits, poly.n, poly.n_unknown, poly.n_true, poly.n_able) == (1, 2, 2, 1, 7)
+    assert (poly.precision, poly.recall, poly.chance) == (0.5, 1.0, 1 / 7)
+    same = precision_on_spikes(dictionary, rows, [at(4, 5), at(0, 1), at(0, 3), at(3, 8)], "redundant")
+    assert (same.hits, same.n, same.n_unknown, same.n_true) == (1, 3, 1, 1)
+    taken = precision_on_spikes(dictionary, rows, [at(6, 7), at(7, 6), at(0, 1), at(3, 8)], "absorbed")
+    assert (taken.hits, taken.n, taken.n_unknown, taken.n_true) == (1, 3, 1, 1)
+    assert str(taken) == "precision on spike-ins here: 0.33 (1 of 3, 95 %: 0.06 to 0.79)"
+
+
+def test_a_group_is_all_its_pairs_and_nothing_is_counted_twice(spiked, rows):
+    dictionary = planted(spiked)
+    found = precision_on_spikes(dictionary, rows, [(4, 5, 0), (5, 4)], "redundant")
+    assert (found.hits, found.n) == (1, 3)
+    assert precision_on_spikes(dictionary, rows, [2, 2], "polysemantic").n == 1
+
+
+def test_what_cannot_be_judged_is_said(spiked, rows):
+    found = precision_on_spikes(planted(spiked), rows, [3, 8])
+    assert found.precision is None and found.interval == (0, 1)
+    assert str(found) == "precision on spike-ins here: not known, none of 2 candidates is about a spike"
+    assert str(precision_on_spikes(planted(spiked), rows)).endswith("not known, there are no candidates")
+    with pytest.raises(ValueError, match="carry no spikes"):
+        precision_on_spikes(planted(spiked), Activations(rows.inputs, rows.inputs))
+    with pytest.raises(ValueError, match="latent 12 does not exist; there are 9"):
+        precision_on_spikes(planted(spiked), rows, [12])
+    with pytest.raises(ValueError, match="claim is 'dead'"):
+        precision_on_spikes(planted(spiked), rows, [1], "dead")
+
+
+def test_rescaling_and_blocks_change_no_verdict(spiked, rows):
+    dictionary, scale = planted(spiked, 0.05), torch.tensor([0.1, 3, 7, 0.5, 2, 1, 9, 0.3, 1])
+    scaled = SparseDictionary(dictionary.W_enc * scale[:, None], dictionary.W_dec / scale[:, None], dictionary.b_enc * scale)
+    request = [(precision_on_spikes, {"candidates": (0, 2, 7)}), (trace_patterns, {})]
+    whole, parts = (observe(dictionary, rows, request, block=block) for block in (None, 700))
+    assert whole[0] == parts[0] == precision_on_spikes(scaled, rows, (0, 2, 7))
+    np.testing.assert_allclose(whole[1].other, parts[1].other, atol=1e-4)
+    np.testing.assert_allclose(trace_patterns(scaled, rows).other, whole[1].other, atol=1e-4)
+
+
+def test_a_detector_can_say_it_in_its_own_pass(spiked, rows):
+    class Detector(Accumulator):
+        def __init__(self, stream):
+            super().__init__(stream)
+            self.spikes = judge_of(stream)
+
+        def add(self, rows):
+            pass
+
+        def result(self):
+            return self.spikes and self.spikes.judge([2], "polysemantic")
+
+    @finding(Detector)
+    def detect(dictionary, activations):
+        return observe(dictionary, activations, [detect])[0]
+
+    assert detect(planted(spiked), rows) == precision_on_spikes(planted(spiked), rows, [2])
+    assert detect(planted(spiked), Activations(rows.inputs, rows.inputs)) is None

@@ -28,7 +28,8 @@ class Ridges(NamedTuple):
 class Causes:
     """The m rows on which a latent fires: their place in the activations, its code, the feature that adds most to its
     pre-activation there (-1: none adds), and that feature's share of what all add. Without truth, `names` is empty and every
-    feature is -1: the causes are unknown."""
+    feature is -1: the causes are unknown. Where the truth is not complete the rest of the row is one more feature, and its number -1.
+    """
 
     latent: int
     n_samples: int
@@ -59,25 +60,31 @@ class _Tracer(Accumulator):
         if not 0 <= latent < stream.dictionary.n_latents:
             raise ValueError(f"trace_causes: latent {latent} does not exist; there are {stream.dictionary.n_latents}.")
         self.latent, self.n = int(latent), 0
-        self.known = stream.activations.truth is not None
-        if self.known:
+        truth = stream.activations.truth
+        self.known = truth is not None
+        if truth is not None:
             self.features = true_directions(stream.activations, stream.dictionary, "trace_causes")
             self.codes = true_codes(stream.activations)
-            self.overlap = self.features.inputs @ stream.dictionary.W_enc[latent].float()
+            self.reads = stream.dictionary.W_enc[latent].float()
+            self.overlap = self.features.inputs @ self.reads
+            mean = self.codes.mean(dim=0).to(self.overlap) @ self.overlap - stream.input_mean @ self.reads
+            self.mean = None if truth.complete else mean
         self.parts: list[tuple[np.ndarray, ...]] = []
 
     def add(self, rows: Rows) -> None:
         first = int(rows.count[: self.latent].sum())
         row, value = (part[first : first + int(rows.count[self.latent])] for part in rows.entries[1:])
-        feature, share = self._cause(row, rows.start) if self.known else (torch.full_like(row, -1), torch.zeros_like(value))
+        feature, share = self._cause(row, rows) if self.known else (torch.full_like(row, -1), torch.zeros_like(value))
         self.parts.append(tuple(part.cpu().numpy() for part in (row + rows.start, value, feature, share)))
         self.n += rows.n
 
-    def _cause(self, row: torch.Tensor, start: int) -> tuple[torch.Tensor, torch.Tensor]:
-        drive = (self.codes[row.to(self.codes.device) + start].to(row.device).float() * self.overlap).relu_()
+    def _cause(self, row: torch.Tensor, rows: Rows) -> tuple[torch.Tensor, torch.Tensor]:
+        added = self.codes[row.to(self.codes.device) + rows.start].to(row.device).float() * self.overlap
+        drive = added.relu()
+        rest = drive.new_zeros(len(drive)) if self.mean is None else (rows.inputs[row] @ self.reads - added.sum(dim=1) + self.mean).relu_()
         largest, feature = drive.max(dim=1)
-        feature = torch.where(largest > 0, feature, -1)
-        return feature, largest / torch.where(largest > 0, drive.sum(dim=1), 1)
+        feature = torch.where(largest > rest, feature, -1)
+        return feature, largest / torch.where(largest > 0, drive.sum(dim=1) + rest, 1)
 
     def result(self) -> Causes:
         names = self.features.names if self.known else ()

@@ -13,6 +13,7 @@ from sdl_explorer.diagnosis.alone import respond_alone, scales_freely
 from sdl_explorer.diagnosis.cofiring import CoFiring, true_directions
 from sdl_explorer.diagnosis.observe import Accumulator, Rows, Stream, finding, observe
 from sdl_explorer.diagnosis.sparse import Csr, like, only, overlaps, row_maxima, row_of, row_sums
+from sdl_explorer.diagnosis.spiked import STANDS, Spikes
 from sdl_explorer.models.dictionary import SparseDictionary
 
 POLY = 1.5  # effective features from which a latent is polysemantic
@@ -54,6 +55,8 @@ class Patterns:
     effective_features   1 / sum_k p_k^2 of those shares p_k; 0 where nothing drives the latent
     selectivity, participation   (r1 - r2) / r1 and (sum r)^2 / sum r^2 of the mean responses r to each feature alone; 0 where none
     status       "dead" | "unseen" | "mono" | "poly"; poly from 1.5 effective features, or where it fires and no feature drives it
+    other        share of the drive from what no known feature explains: 0 where the truth is complete. Where it is not, the rest counts
+                 as one feature in effective_features, and a latent that it drives by half or more is "alive": nobody knows for what
     capacity, latent_capacity    feature dimensionality of the true input features, and of the decoder rows: at most 1 each, d in sum
     firing_rate, feature_rate    share of the rows on which a latent fires, and a feature is active
     offset       norm of the part of the inputs that no feature explains (their constant), which every feature alone is shown with
@@ -75,9 +78,10 @@ class Patterns:
     firing_rate: Float[np.ndarray, " n_latents"]
     feature_rate: Float[np.ndarray, " n_features"]
     offset: float
+    other: Float[np.ndarray, " n_latents"]
 
     def __repr__(self) -> str:
-        counts = ", ".join(f"{int((self.status == s).sum())} {s}" for s in ("mono", "poly", "dead", "unseen"))
+        counts = ", ".join(f"{int((self.status == s).sum())} {s}" for s in ("mono", "poly", "alive", "dead", "unseen"))
         return f"Patterns({self.n_latents} latents against {self.n_features} true features on {self.n_samples:,} rows: {counts})"
 
     n_latents = property(lambda self: self.fires.shape[0], doc="Latents traced.")
@@ -147,6 +151,8 @@ class _Tracer(Accumulator):
         self.features = true_directions(stream.activations, stream.dictionary, "trace_patterns")
         self.since, self.dead_after, self.n_magnitudes = samples_since_fired, dead_after, n_magnitudes
         self.cofiring = stream.share(CoFiring)
+        truth = stream.activations.truth
+        self.unknown = None if truth is None or truth.complete else stream.share(Spikes)
         self.size = 0.0
 
     def add(self, rows: Rows) -> None:
@@ -158,13 +164,14 @@ class _Tracer(Accumulator):
         free = scales_freely(dictionary) and offset is None
         magnitudes = self.cofiring.magnitudes(1 if free else self.n_magnitudes)
         fires, responses = respond_alone(dictionary, features.inputs, magnitudes, offset, self.stream.pulse)
-        context, share = self._driven()
+        context, share, other = self._driven()
         selectivity, participation = _spread(fires, responses.mean(axis=0))
-        squares = row_sums(like(share, share.data.astype(np.float64) ** 2))
+        squares = row_sums(like(share, share.data.astype(np.float64) ** 2)) + other**2
         effective = np.divide(1.0, squares, out=np.zeros_like(squares), where=squares > 0)
         silent = together.fired == 0
         dead = _dead(silent, self.since, self.dead_after, together.n)
         status = np.where(silent, "unseen", np.where((effective > 0) & (effective < POLY), "mono", "poly"))
+        status = np.where(~silent & (other >= STANDS), "alive", status)
         return Patterns(
             n_samples=together.n,
             names=features.names,
@@ -182,6 +189,7 @@ class _Tracer(Accumulator):
             firing_rate=together.fired / together.n,
             feature_rate=together.active / together.n,
             offset=0.0 if offset is None else float(offset.norm()),
+            other=other,
         )
 
     def _offset(self, mean_codes: np.ndarray) -> Tensor | None:
@@ -191,8 +199,9 @@ class _Tracer(Accumulator):
         offset = self.stream.input_mean - explained
         return offset if offset.norm() > NO_OFFSET * self.size / self.cofiring.n else None
 
-    def _driven(self) -> tuple[Csr, Csr]:
-        """P(fires | active), and p_k, for the features whose activations add to the latent's pre-activation where it fires.
+    def _driven(self) -> tuple[Csr, Csr, np.ndarray]:
+        """P(fires | active), and p_k, for the features whose activations add to the latent's pre-activation where it fires; and the
+        share of what no feature explains.
 
         drive_ik = sum over the latent's firing rows of relu(codes_k <W_enc_i, w_p^k>);  p_k = drive_ik / sum_k drive_ik
         """
@@ -200,7 +209,11 @@ class _Tracer(Accumulator):
         drive = np.maximum(overlaps(self.stream.dictionary.W_enc, self.features.inputs, together.total), 0) * together.total.data
         drive, count = only(like(together.total, drive.astype(np.float64)), drive > 0), only(together.count, drive > 0)
         context = like(count, (count.data / together.active[count.indices]).astype(np.float32))
-        return context, like(drive, (drive.data / row_sums(drive)[row_of(drive)]).astype(np.float32))
+        known = row_sums(drive)
+        other = np.zeros_like(known) if self.unknown is None else self.unknown.result()[1]
+        total = known + other
+        share = like(drive, (drive.data / total[row_of(drive)]).astype(np.float32))
+        return context, share, np.divide(other, total, out=np.zeros_like(total), where=total > 0)
 
 
 @finding(_Tracer)

@@ -43,6 +43,8 @@ class Recovery:
     l0, true_l0           mean number of latents that fire, and of features that are active, a row
     shrinkage             mean |recon| / |x_r| over rows that are not zero (sae-lens's meaning; `slope` is the other)
     explained_variance    1 - sum |x_r - recon|^2 / sum |x_r - mean x_r|^2, pooled; NaN where targets do not vary
+    complete              no other feature is in the rows. Where some are, what is said per feature holds, and the figures over all
+                          latents (mean_f1, alive_f1, uniqueness) and true_l0 count latents of unknown features as wrong
     """
 
     n_samples: int
@@ -72,6 +74,7 @@ class Recovery:
     true_l0: float
     shrinkage: float
     explained_variance: float
+    complete: bool = True
 
     n_features = property(lambda self: len(self.names), doc="True features.")
     n_latents = property(lambda self: len(self.feature), doc="Latents compared.")
@@ -89,9 +92,11 @@ class Recovery:
 
     def __repr__(self) -> str:
         counts = ", ".join(f"{int((self.status == s).sum())} {s}" for s in ("recovered", "one-to-many", "merged", "missed"))
+        features = f"{self.n_features} {'features' if self.complete else 'known features beside unknown ones'}"
+        f1 = f"f1={self.mean_f1:.3f}, uniqueness={self.uniqueness:.3f}" if self.complete else f"feature_f1={self.feature_f1:.3f}"
         return (
-            f"Recovery({self.n_features} features, {self.n_latents} latents, {self.n_samples:,} rows: {counts} at tau={self.tau:g}; "
-            f"mcc={self.mcc:.3f}, f1={self.mean_f1:.3f}, uniqueness={self.uniqueness:.3f}, dead {self.dead_fraction:.1%})"
+            f"Recovery({features}, {self.n_latents} latents, {self.n_samples:,} rows: {counts} at tau={self.tau:g}; "
+            f"mcc={self.mcc:.3f}, {f1}, dead {self.dead_fraction:.1%})"
         )
 
 
@@ -103,6 +108,7 @@ class _Scorer(Accumulator):
         dictionary = stream.dictionary
         self.features, self.tau = true_directions(stream.activations, dictionary, "score_recovery"), tau
         self.cofiring, self.codes = stream.share(CoFiring), true_codes(stream.activations)
+        self.complete = stream.activations.truth is None or stream.activations.truth.complete
         self.matcher = Matcher(len(self.features.names), dictionary.n_latents, dictionary.device) if match else None
         self._compare()
         self.product, self.square = torch.zeros(2, dictionary.n_latents, dtype=torch.float64)
@@ -179,6 +185,7 @@ class _Scorer(Accumulator):
             true_l0=float(together.active.sum() / n),
             shrinkage=self.ratio / self.n_ratio if self.n_ratio else 0.0,
             explained_variance=1 - self.error / self.variance if self.variance > 0 else float("nan"),
+            complete=self.complete,
         )
 
     def _copies(self, feature: np.ndarray, cosine: np.ndarray) -> np.ndarray:
