@@ -39,6 +39,7 @@ _HOMES = {
     "sdl_explorer.training.split": ("Split",),
     "sdl_explorer.training.unabsorb": ("Unabsorb",),
     "sdl_explorer.diagnosis.health": ("check_health",),
+    "sdl_explorer.diagnosis.landscape": ("probe_landscape",),
     "sdl_explorer.diagnosis.alignment": ("align",),
     "sdl_explorer.diagnosis.absorption": ("find_absorption",),
     "sdl_explorer.diagnosis.candidates": ("suspect_absorption",),
