@@ -114,7 +114,7 @@ class Suspects:
     n_unlooked: int
     contained: tuple[Contained, ...]
     n_contained: int
-    points: tuple[Float[np.ndarray, "k 2"], ...]
+    points: tuple[Float[np.ndarray, "_ 2"], ...]
     examined: Examined
     n_left_out: int
     coherence: float
@@ -188,7 +188,7 @@ class _Suspicion(Accumulator):
         """What a candidate shows on its own rows."""
         self.stream.pulse()
         parent, child = int(near.i[pair]), int(near.j[pair])
-        (with_parent, z_p), (with_child, z_c) = (_column(codes, latent) for latent in (parent, child))
+        (with_parent, z_p), (with_child, z_c) = (_row(codes, latent) for latent in (parent, child))
         of_child = with_child[_spaced(len(with_child))]
         alone = np.setdiff1d(with_parent, with_child, assume_unique=True)
         rows = np.concatenate([of_child, alone[_spaced(len(alone))]])
@@ -255,7 +255,7 @@ class _Scores:
 
     def __init__(self, codes: Csr, near: Near, sums: Together, least: int):
         self.near, self.sums = near, sums
-        totals = codes.sum(axis=0), codes.power(2).sum(axis=0)
+        totals = codes.sum(axis=1), codes.power(2).sum(axis=1)
         self.fired, (self.total, self.square) = np.diff(codes.indptr), totals
         p, c = near.i, near.j
         self.back = np.lexsort((p, c))  # where the same pair stands the other way round
@@ -331,11 +331,10 @@ def _cosine(product: float, square: float, other: float) -> float:
     return float(product / np.sqrt(square * other)) if square > 0 and other > 0 else 0.0
 
 
-def _column(codes: Csr, latent: int) -> tuple[np.ndarray, np.ndarray]:
+def _row(codes: Csr, latent: int) -> tuple[np.ndarray, np.ndarray]:
     """The rows on which a latent fires, in order, and its codes there."""
     span = slice(codes.indptr[latent], codes.indptr[latent + 1])
-    order = np.argsort(codes.indices[span], kind="stable")
-    return codes.indices[span][order], codes.data[span][order]
+    return codes.indices[span], codes.data[span]
 
 
 def _at(rows: np.ndarray, values: np.ndarray, wanted: np.ndarray) -> np.ndarray:

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from jaxtyping import Float, Int
-from scipy.sparse import csc_array, csr_array
+from scipy.sparse import csr_array
 from torch import Tensor
 
 from sdl_explorer.diagnosis.cosines import CELLS, unit
@@ -114,10 +114,10 @@ class Codes(Accumulator):
         return self.other / self.square if self.square > 0 else 0.0
 
     def matrix(self) -> Csr:
-        """(n, n_latents), in double precision; columns are cheap to read."""
+        """(n_latents, n), in double precision; each latent's rows in order."""
         latent, row, value = (np.concatenate(parts) for parts in zip(*self.parts, strict=True))
         self.parts = [(latent, row, value)]
-        return csc_array((value.astype(np.float64), (row, latent)), shape=(self.n, len(self.norms)))
+        return _ordered(csr_array((value.astype(np.float64), (latent, row)), shape=(len(self.norms), self.n)))
 
 
 def sums_of(codes: Csr, near: Near, seen: Callable[[np.ndarray, Csr], None]) -> Together:
@@ -135,22 +135,18 @@ def sums_of(codes: Csr, near: Near, seen: Callable[[np.ndarray, Csr], None]) -> 
 
 def _products(codes: Csr) -> Iterator[tuple[np.ndarray, Csr, Csr]]:
     """Two sums in one product: counts and z_j^2 beside each other for the codes that fire, z_i and z_i z_j for their values."""
-    by_row = csr_array(codes)
-    per_row = np.diff(by_row.indptr)
-    events = np.add.reduceat(np.append(per_row[codes.indices], 0), codes.indptr[:-1]) * (np.diff(codes.indptr) > 0)
-    squares, values = (by_row.copy() for _ in range(2))
-    squares.data, values.data = 1 + 1j * by_row.data**2, 1 + 1j * by_row.data
-    for latents in np.split(np.arange(codes.shape[1]), np.flatnonzero(np.diff((events.cumsum() - 1) // EVENTS)) + 1):
-        mine = csc_array(codes[:, latents])
-        fires = mine.copy()
-        fires.data = np.ones_like(fires.data)
-        yield latents, _ordered(fires.T @ squares), _ordered(mine.T @ values)
+    by_row = _ordered(codes.T)
+    events = codes.astype(bool) @ np.diff(by_row.indptr)
+    squares, values = like(by_row, 1 + 1j * by_row.data**2), like(by_row, 1 + 1j * by_row.data)
+    for latents in np.split(np.arange(codes.shape[0]), np.flatnonzero(np.diff((events.cumsum() - 1) // EVENTS)) + 1):
+        mine = csr_array(codes[latents])
+        yield latents, _ordered(like(mine, np.ones_like(mine.data)) @ squares), _ordered(mine @ values)
 
 
-def _ordered(product) -> Csr:
-    product = csr_array(product)
-    product.sort_indices()
-    return product
+def _ordered(matrix) -> Csr:
+    matrix = csr_array(matrix)
+    matrix.sort_indices()
+    return matrix
 
 
 def _at(matrix: Csr, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
