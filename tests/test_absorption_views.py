@@ -227,7 +227,7 @@ def explorer():
 
 def test_the_page_is_there_where_concepts_have_parents(explorer):
     frame = explorer.__panel__()
-    assert frame.tabs.options == ["Overview", "Alignment", "Intervene", "Absorption", "Compare"]
+    assert frame.tabs.options == ["Overview", "Alignment", "Latents", "Intervene", "Absorption", "Compare"]
     explorer.desk.settle()
     assert explorer.desk.value(find_absorption) is None  # computed when the page is opened
     explorer.state.page = "Absorption"
@@ -263,8 +263,8 @@ def test_flat_data_have_no_tab_and_the_page_alone_says_why():
     with Session(LinearBench(n_features=8, d_in=6), TopK(k=2), n_latents=12) as session:
         explorer = Explorer(session)
         frame = explorer.__panel__()
-        assert frame.tabs.options == ["Overview", "Alignment", "Intervene", "Compare"]
-        frame._key("page 4")
+        assert frame.tabs.options == ["Overview", "Alignment", "Latents", "Intervene", "Compare"]
+        frame._key("page 5")
         assert explorer.state.page == "Compare"
         sheet = explorer.absorption()
         sheet.__panel__()

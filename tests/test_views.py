@@ -16,10 +16,15 @@ from sdl_explorer.data.activations import Activations, Examples, Truth
 from sdl_explorer.data.anchors import Anchors, Pins
 from sdl_explorer.diagnosis.absorption import find_absorption
 from sdl_explorer.diagnosis.alignment import align
+from sdl_explorer.diagnosis.causes import trace_causes
 from sdl_explorer.diagnosis.compare import Control
 from sdl_explorer.diagnosis.drift import measure_drift
 from sdl_explorer.diagnosis.examples import find_examples
+from sdl_explorer.diagnosis.groups import trace_groups
 from sdl_explorer.diagnosis.health import check_health
+from sdl_explorer.diagnosis.pairs import count_pairs
+from sdl_explorer.diagnosis.patterns import trace_patterns
+from sdl_explorer.diagnosis.recovery import score_recovery
 from sdl_explorer.models.dictionary import SparseDictionary
 from sdl_explorer.training.commits import Commit
 from sdl_explorer.training.history import History
@@ -35,7 +40,7 @@ from sdl_explorer.views.look import Look
 from sdl_explorer.views.plan import plan_preview, prediction
 from sdl_explorer.views.tiles import tiles, tiles_reading
 from sdl_explorer.views.truth_table import feature_table, truth_table
-from sdl_explorer.views.view import Before, Commits, find_view, view, views
+from sdl_explorer.views.view import Before, Chosen, Commits, find_view, view, views
 
 N_FEATURES, WIDTH = 12, 16
 VIEWS = {v.id: v for v in views()}
@@ -81,6 +86,11 @@ def found():
         absorbing.W_dec[1] = normalize(family.truth.target_features[:2].sum(0), dim=0)
         absorbing.W_enc[[0, 11]] = family.truth.input_features[0] - 20 * family.truth.input_features[1]
     return {
+        trace_patterns: trace_patterns(dictionary, rows),
+        trace_groups: trace_groups(dictionary, replace(rows, truth=None), n_clusters=4),
+        Chosen(trace_causes, "latent", "primary_latent"): trace_causes(dictionary, rows, latent=8),
+        Chosen(count_pairs, "latents", "selected_latents"): count_pairs(dictionary, rows, latents=(0, 3, 8, 11)),
+        Chosen(score_recovery, "tau", "tau"): score_recovery(dictionary, rows, tau=0.95),
         find_absorption: find_absorption(absorbing, family),
         align: alignment,
         Before(align): align(worse, rows, pins=pins),
@@ -350,7 +360,7 @@ def large():
     return {
         align: align(dictionary, rows, pins=pins, match=False),
         check_health: check_health(dictionary, rows, dead_after=10_000),
-        **{Before(align): None},
+        **{Before(align): None, Chosen(score_recovery, "tau", "tau"): None},
     }
 
 
@@ -406,8 +416,9 @@ def test_read_outs_are_the_metrics(found):
     assert f"M_IP {found[align].mean_best('decoder'):.3f}" in said
 
 
-def test_verdicts_of_the_planted_features(found):
-    rows = truth_table(found[align], found[check_health], Look())
+@pytest.mark.parametrize("scored", [False, True])
+def test_verdicts_of_the_planted_features(found, scored):
+    rows = truth_table(found[align], found[check_health], Look(), found[Chosen(score_recovery, "tau", "tau")] if scored else None)
     verdict = dict(zip(rows["feature"], rows["verdict"], strict=True))
     assert verdict[0] == "split into 2"
     assert {verdict[i] for i in (1, 2)} == {"anchored"}
@@ -425,15 +436,15 @@ def test_recovered_rows_agree_with_the_metric(found):
 
 
 def test_a_selected_row_is_the_feature_that_ids_names(found):
-    element = feature_table(found[align], found[check_health], Look())
+    element = feature_table(*given(feature_table, found), Look())
     base = next(e for e in points_of(element) if e.label == "decoder")
-    ids = feature_table.ids(found[align], found[check_health], Look())
+    ids = feature_table.ids(*given(feature_table, found), Look())
     assert points_of(element)[0] is base or list(points_of(element)[0]["feature"]) == list(ids)
-    assert list(base["cosine"]) == list(feature_table.table(found[align], found[check_health], Look())["cos decoder"])
+    assert list(base["cosine"]) == list(feature_table.table(*given(feature_table, found), Look())["cos decoder"])
 
 
 def test_what_became_of_the_features_adds_up(found):
-    said = feature_table.reading(found[align], found[check_health], Look())
+    said = feature_table.reading(*given(feature_table, found), Look())
     head, own, others = re.fullmatch(r"(\d+) of .*? Recovered: (.*?)\. Others: (.*?)\.", said).groups()
     numbers = lambda words: sum(int(n) for n in re.findall(r"(\d+) \w", words))
     assert numbers(own) == int(head) == 7

@@ -13,6 +13,7 @@ from sdl_explorer.app.shell import Frame
 from sdl_explorer.diagnosis.alignment import align
 from sdl_explorer.diagnosis.compare import Control, scoreboard
 from sdl_explorer.diagnosis.health import check_health
+from sdl_explorer.diagnosis.recovery import score_recovery
 from sdl_explorer.session import Session
 from sdl_explorer.state import ExplorerState
 from sdl_explorer.views.look import Look
@@ -83,6 +84,10 @@ class Explorer(pn.viewable.Viewer):
         """Which true features were learned, by which latent, and how well?"""
         return Sheet(self.desk, "Alignment")
 
+    def latents(self):
+        """Does each latent mean one thing, several, or nothing?"""
+        return Sheet(self.desk, "Latents")
+
     def intervene(self):
         """What can be repaired, and what would it change?"""
         return Sheet(self.desk, "Intervene")
@@ -112,7 +117,9 @@ class Explorer(pn.viewable.Viewer):
                 "feature_table compares with true features, and these activations have none (truth=None). Use LinearBench or "
                 "HierarchyBench, or give the session anchors."
             )
-        return truth_table(alignment, health, self.desk.look())
+        look = self.desk.look()
+        scored = self.session.find(score_recovery, tau=look.tau) if self.desk.knows(score_recovery) else None
+        return truth_table(alignment, health, look, scored)
 
     @property
     def log(self) -> pd.DataFrame:

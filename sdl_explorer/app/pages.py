@@ -5,6 +5,7 @@ from sdl_explorer.training.interventions import Intervention
 from sdl_explorer.views.view import find_view, views
 from sdl_explorer.widgets.card import Card
 from sdl_explorer.widgets.control import ControlForm
+from sdl_explorer.widgets.examples import ExampleCards
 from sdl_explorer.widgets.intervene import OWN, form_of
 from sdl_explorer.widgets.log import Log
 from sdl_explorer.widgets.page import Page
@@ -14,6 +15,7 @@ from sdl_explorer.widgets.tiles import Tiles
 QUESTIONS = {
     "Overview": "Is this dictionary healthy, and what is wrong first?",
     "Alignment": "Which true features were learned, by which latent, and how well?",
+    "Latents": "Does each latent mean one thing, several, or nothing?",
     "Intervene": "What can be repaired, and what would it change?",
     "Absorption": "Which latents go silent where a more special one takes over?",
     "Compare": "Did it help more than simply training on?",
@@ -33,6 +35,10 @@ def _alignment(host):
     return cards(host, "alignment")
 
 
+def _latents(host):
+    return [*(Card(host, find_view(id)) for id in ("P2", "P1", "P3", "P4")), ExampleCards(host)]
+
+
 def _intervene(host):
     kinds = {name: kind for name, kind in members(Intervention).items() if kind is not Held.makes}
     ours = [name for name in OWN if name in kinds]
@@ -50,7 +56,14 @@ def _compare(host):
     return [ControlForm(host), *sorted(cards(host, "compare"), key=lambda card: order.get(card.view.id, 2)), Log(host)]
 
 
-PARTS = {"Overview": _overview, "Alignment": _alignment, "Intervene": _intervene, "Absorption": _absorption, "Compare": _compare}
+PARTS = {
+    "Overview": _overview,
+    "Alignment": _alignment,
+    "Latents": _latents,
+    "Intervene": _intervene,
+    "Absorption": _absorption,
+    "Compare": _compare,
+}
 
 
 def make(host, title: str, visible: bool = False) -> Page:

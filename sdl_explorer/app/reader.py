@@ -14,7 +14,10 @@ from sdl_explorer.diagnosis.absorption import find_absorption
 from sdl_explorer.diagnosis.alignment import align
 from sdl_explorer.diagnosis.compare import Control
 from sdl_explorer.diagnosis.examples import activations_of, find_examples
+from sdl_explorer.diagnosis.groups import trace_groups
 from sdl_explorer.diagnosis.health import check_health
+from sdl_explorer.diagnosis.patterns import trace_patterns
+from sdl_explorer.diagnosis.recovery import score_recovery
 from sdl_explorer.session import JUDGE_ROWS
 from sdl_explorer.state import PAGES, ExplorerState
 from sdl_explorer.training.commits import Commit
@@ -22,11 +25,12 @@ from sdl_explorer.training.history import History
 from sdl_explorer.training.interventions import Plan
 from sdl_explorer.views.examples import cards_html, context_rows, example_cards, examples_empty, examples_reading
 from sdl_explorer.views.look import Look
-from sdl_explorer.views.view import Before, Commits
+from sdl_explorer.views.view import Before, Chosen, Commits
 from sdl_explorer.views.words import NOT_COMPUTED, not_finite
 from sdl_explorer.widgets.intervene import CLASS, GIVEN, TRUE
 
 INTERVENTIONS = ("resample", "anchor", "realign", "release", "prune", "split", "unabsorb")
+NEED_TRUTH = (find_absorption, trace_patterns, score_recovery)
 KINDS = {"sae": "SAE", "transcoder": "Transcoder", "crosscoder": "Crosscoder"}
 
 
@@ -112,8 +116,10 @@ class Reader:
         return Look(**{name: getattr(state, name) for name in names}, head=self.session.head.id, n_latents=self.session.n_latents)
 
     def knows(self, finding) -> bool:
-        """Can this finding say anything here? Alignment needs truth, anchors or pins; absorption needs truth."""
-        return bool(self.against) if finding is align else self.has_truth or finding is not find_absorption
+        """Can this finding say anything here? Alignment needs truth, anchors or pins; groups stand in where there is no truth."""
+        if finding is align:
+            return bool(self.against)
+        return not self.has_truth if finding is trace_groups else self.has_truth or finding not in NEED_TRUTH
 
     @property
     def pages(self) -> tuple[str, ...]:
@@ -148,7 +154,13 @@ class Reader:
         """The values that a view is called with; None for what is not there."""
         values, keys, pending, errors, step = [], [], False, [], self.snapshot.step
         for one in view.of:
-            if isinstance(one, Before) or hasattr(one, "accumulator"):
+            if isinstance(one, Chosen):
+                value, key, wanted, error = self._chosen(one)
+                pending |= wanted
+                values.append(value)
+                keys.append(key)
+                errors.append(error)
+            elif isinstance(one, Before) or hasattr(one, "accumulator"):
                 found, wanted = self._found(one)
                 pending |= wanted and found is None
                 values.append(found and found.value)
@@ -169,6 +181,23 @@ class Reader:
         if not self.knows(finding) or (isinstance(one, Before) and pair is None):
             return None, False
         return (self.findings.at(finding, pair[0]) if isinstance(one, Before) else self.findings.now(finding)), True
+
+    def _chosen(self, one: Chosen):
+        """A finding about what is looked at, as old as the health: value, key, whether it is on its way, and what went wrong."""
+        setting, health = getattr(self.look(), one.field), self.findings.now(check_health)
+        if setting is None or setting == () or not self.knows(one.finding):
+            return None, None, False, None
+        if health is None or health.error is not None:
+            return None, None, health is None, health and health.error
+        key = (one, setting, health.serial)
+        arrived = self.findings.ask(key, lambda: self._about(one, setting))
+        return (None, key, True, None) if arrived is None else (arrived[0], (*key, "there"), False, arrived[1])
+
+    def _about(self, one: Chosen, setting):
+        try:
+            return self.session.find(one.finding, **{one.setting: setting}), None
+        except Exception as error:  # said on the card
+            return None, error
 
     def _record(self, one):
         """A record of training, and a key that changes when it does."""
@@ -273,9 +302,11 @@ class Reader:
         """Lines that give a card's table in a fresh cell."""
         if Control in view.of:
             return f"explorer.scoreboard(before={(self.compared() or ('', ''))[0]!r}, controls=5)"
-        findings = [one.__name__ for one in view.of if hasattr(one, "accumulator")]
+        findings = [one.__name__ for one in view.of if hasattr(one, "accumulator") and self.knows(one)]
+        chosen = [(one, getattr(self.look(), one.field)) for one in view.of if isinstance(one, Chosen) and self.knows(one.finding)]
         lines = [f"explorer.session.revert({self.session.head.id!r})"]
         lines += [f"explorer.session.find([{', '.join(findings)}])"] if findings else ["explorer.log"]
+        lines += [f"explorer.session.find({one.finding.__name__}, {one.setting}={value!r})" for one, value in chosen if value]
         return "\n".join(lines)
 
     # anchors -------------------------------------------------------------------------------------------------------

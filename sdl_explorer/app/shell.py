@@ -19,7 +19,7 @@ from sdl_explorer.widgets.timeline import Timeline
 log = logging.getLogger(__name__)
 FIRST = 2  # parts of a page that are on the first screen
 UNDO = "Undoes what you see. To undo a change to the model, use the timeline."
-HELP = """Space plays and pauses · . one step · Shift+. the chosen number of steps · ← → previous and next latent · 1 to 5 pages
+HELP = """Space plays and pauses · . one step · Shift+. the chosen number of steps · ← → previous and next latent · 1 to 7 pages
 / search a latent · A anchor the primary · R preview a resample · T tables · Esc close, then clear · Ctrl+Z undoes what you see
 In a table: ↑ ↓ PgUp PgDn Home End move the row, and the row is the selection."""
 ON_BAR = {"variant": "text", "margin": (4, 2), "sx": {"color": "#FFFFFF", "&.Mui-disabled": {"color": "rgba(255, 255, 255, 0.65)"}}}

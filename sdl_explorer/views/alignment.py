@@ -33,12 +33,12 @@ def best_match(alignment, health, look):
     low = max(xlim[0], ylim[0])
     layers = [_marks(drawn, look)]
     if len(drawn) < len(points):
-        layers.insert(0, _counts(points, xlim, ylim, theme))
+        layers.insert(0, count_image(points, xlim, ylim, theme))
     layers.append(hv.Curve([(low, low), (1, 1)], "x", "y").opts(color=EDGE[theme], line_width=1))
     if alignment is not None:  # what fires a latent is no match: it has no threshold
         guides = hv.VLine(look.tau), hv.HLine(look.tau)
         layers += [guide.opts(color=EDGE[theme], line_width=1, line_dash="dashed") for guide in guides]
-    layers += [*_highlights(points, look), *_legend(points, theme)]
+    layers += [*rings(points, look), *_legend(points, theme)]
     xlabel, ylabel = _axes(alignment)
     return frame(
         hv.Overlay(layers),
@@ -154,7 +154,7 @@ def _marks(drawn: pd.DataFrame, look: Look) -> hv.Points:
         tools=["hover", *BRUSH],
         show_legend=False,
         colorbar=False,
-        hooks=[_same_when_selected],
+        hooks=[same_when_selected],
         hover_tooltips=[
             ("latent", "@latent"),
             ("status", "@word"),
@@ -166,12 +166,12 @@ def _marks(drawn: pd.DataFrame, look: Look) -> hv.Points:
     )
 
 
-def _same_when_selected(plot, element) -> None:
+def same_when_selected(plot, element) -> None:
     """Rings mark the selection; Bokeh's own fading would hide what is hollow."""
     plot.handles["glyph_renderer"].update(selection_glyph=None, nonselection_glyph=None, muted_glyph=None)
 
 
-def _counts(points: pd.DataFrame, xlim, ylim, theme: str) -> hv.Image:
+def count_image(points: pd.DataFrame, xlim, ylim, theme: str) -> hv.Image:
     """Latents per pixel; empty pixels stay clear."""
     known = points[np.isfinite(points["x"]) & np.isfinite(points["y"])]
     cells, _, _ = np.histogram2d(known["y"], known["x"], bins=BINS, range=(ylim, xlim))
@@ -183,7 +183,7 @@ def _counts(points: pd.DataFrame, xlim, ylim, theme: str) -> hv.Image:
     )
 
 
-def _highlights(points: pd.DataFrame, look: Look) -> list[hv.Points]:
+def rings(points: pd.DataFrame, look: Look) -> list[hv.Points]:
     """A ring around each selected latent, and a halo around the primary."""
     colour, layers = TEXT[look.theme], []
     if look.primary_latent is not None and look.primary_latent < len(points):

@@ -47,6 +47,15 @@ class Before:
     finding: Callable
 
 
+@dataclass(frozen=True)
+class Chosen:
+    """In `of`: a finding about what is looked at. Its `setting` is this `field` of the look; None where that is None or empty."""
+
+    finding: Callable
+    setting: str
+    field: str
+
+
 class _Part:
     """Given one function it registers it (a decorator); given findings it answers with the registered function."""
 
@@ -99,9 +108,9 @@ _REGISTRY: dict[str, View] = {}
 def view(question: str, *, id: str, of: tuple, page: str, cost: str = "select") -> Callable[[Callable], View]:
     """Register a drawing function `(found..., look) -> element`.
 
-    `of` names what it reads: finding functions, record types (`History`, `Plan`, `Pins`, `Control`), `Commits`, or
-    `Before(finding)`. `page` is where its card stands; `cost` is "live" (at every poll), "select" (when the selection
-    changes) or "job" (in the background).
+    `of` names what it reads: finding functions, record types (`History`, `Plan`, `Pins`, `Control`), `Commits`,
+    `Before(finding)`, or `Chosen(finding, setting, field)`. `page` is where its card stands; `cost` is "live" (at every
+    poll), "select" (when the selection changes) or "job" (in the background).
     """
 
     def register(draw: Callable) -> View:
@@ -138,4 +147,6 @@ def _load() -> None:
 
 
 def _name(one) -> str:
-    return f"Before({_name(one.finding)})" if isinstance(one, Before) else getattr(one, "__name__", str(one))
+    if isinstance(one, Before | Chosen):
+        return f"{type(one).__name__}({_name(one.finding)})"
+    return getattr(one, "__name__", str(one))

@@ -20,6 +20,7 @@ NO_FAMILIES = (
     "Truth(parents=...)."
 )
 NO_ABSORBERS = "No latent writes more of a parent when one of its children is active: no absorber to look at."
+NO_PAIRS = "Select 2 to 40 latents."
 PIXELS = "Each pixel counts latents."
 
 

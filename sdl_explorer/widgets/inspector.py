@@ -51,18 +51,19 @@ class Inspector(pn.viewable.Viewer):
     def refresh(self) -> None:
         state, latent = self.host.state, self.host.state.primary_latent
         lines, feature_lines = self.host.inspect()
-        examples = self.host.example_cards()
+        here = latent is not None and state.page != "Latents"  # that page has the same cards, and room for them
+        examples = self.host.example_cards() if here else ""
         selected = len(state.selected_latents)
         if latent is not None and selected > 1:
             lines = [f"{count(selected)} selected; showing latent {latent}.", *lines]
-        if self._drawn == (latent, lines, feature_lines, examples, state.theme):
+        if self._drawn == (latent, lines, feature_lines, examples, here, state.theme):
             return
-        self._drawn = (latent, lines, feature_lines, examples, state.theme)
+        self._drawn = (latent, lines, feature_lines, examples, here, state.theme)
         self.search.value = "" if latent is None else str(latent)
         self.title.text = "Inspector" if latent is None else f"Latent {latent}"
         self.facts.text = NO_SELECTION if latent is None else "\n".join(lines)
         self.feature.text = "\n".join(feature_lines)
-        self.examples_title.visible = latent is not None
+        self.examples_title.visible = here
         self.examples.html = examples
 
     def _search(self, event) -> None:

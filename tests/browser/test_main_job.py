@@ -60,7 +60,14 @@ def test_main_job(page: Page, served: str):
 
     # a trained run is there, with its truth beside it
     expect(part(page, "card-R2").locator("canvas").first).to_be_visible(timeout=SLOW)
-    assert [tab.inner_text() for tab in page.get_by_role("tab").all()] == ["Overview", "Alignment", "Intervene", "Absorption", "Compare"]
+    assert [tab.inner_text() for tab in page.get_by_role("tab").all()] == [
+        "Overview",
+        "Alignment",
+        "Latents",
+        "Intervene",
+        "Absorption",
+        "Compare",
+    ]
     expect(part(page, "tiles")).to_contain_text("Recovered", timeout=SLOW)
     expect(part(page, "inspector-title")).to_contain_text("Latent ", timeout=SLOW)
     assert step(page) >= 500

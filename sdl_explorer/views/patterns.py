@@ -1,0 +1,297 @@
+"""Does a latent mean one thing? The selectivity scatter of all latents, and the response profile of one."""
+
+from typing import NamedTuple
+
+import holoviews as hv
+import numpy as np
+import pandas as pd
+
+from sdl_explorer.diagnosis.groups import Groups, trace_groups
+from sdl_explorer.diagnosis.health import Health, check_health
+from sdl_explorer.diagnosis.patterns import POLY, Patterns, trace_patterns
+from sdl_explorer.views.alignment import count_image, rings, same_when_selected
+from sdl_explorer.views.frame import BRUSH, MAX_POINTS, TYPE, drawable, empty_table, finite, frame, limits, row_ticks, sample
+from sdl_explorer.views.look import Look
+from sdl_explorer.views.theme import EDGE, GRID, LINES, PATTERNS, TEXT
+from sdl_explorer.views.view import view
+from sdl_explorer.views.words import NO_SELECTION, NOT_COMPUTED, count, never_fired, plural
+
+STRONGEST = 12  # rows of a profile that are drawn; the table has all
+OFTEN = 0.5  # P(fires | feature) above which it fires in context too
+NO_TRUE = "No true features: groups of rows instead, and a group is not a meaning."
+
+
+# P2 ------------------------------------------------------------------------------------------------------------------
+
+
+@view("How many things does each latent mean?", id="P2", of=(trace_patterns, trace_groups, check_health), page="latents", cost="live")
+def selectivity(patterns, groups, health, look):
+    """One point per latent: how often it fires (x, logarithmic; silent ones in a gutter on the left) and the effective number of
+    features behind its activation (y): 1 / sum of squared shares. Lines at 1 and 2.
+
+    Without truth: groups of rows (anchors, labels or clusters) in place of features; the dotted line is a latent that fires alike
+    everywhere. Row k of the first `Points` is latent `selectivity.ids(patterns, groups, health, look)[k]`.
+    """
+    points, theme = selectivity_points(patterns, groups, health), look.theme
+    drawn = points.iloc[_drawn(points, look)]
+    gutter = _gutter((patterns if patterns is not None else groups).n_samples)
+    top = max(2.2, limits([0, *finite(points["y"])])[1])
+    xlim, ylim = (gutter - 0.25, 0.15), (-0.04 * top, top)
+    layers: list = [_marks(drawn, theme)]
+    if len(drawn) < len(points):
+        layers.insert(0, count_image(points, xlim, ylim, theme))
+    layers += [hv.HLine(y).opts(color=EDGE[theme], line_width=1, line_dash="dashed") for y in (1, 2)]
+    if patterns is None:
+        layers.append(hv.HLine(groups.chance).opts(color=EDGE[theme], line_width=2, line_dash="dotted"))
+    layers.append(hv.VLine(gutter + 0.25).opts(color=GRID[theme], line_width=2))
+    layers += [*rings(points, look), *_legend(points, theme)]
+    decades = range(int(np.ceil(gutter + 0.3)), 1)
+    return frame(
+        hv.Overlay(layers),
+        look,
+        xlim=xlim,
+        ylim=ylim,
+        xlabel="share of the rows on which it fires",
+        ylabel="features in effect" if patterns is not None else f"{_noun(groups)}s in effect",
+        title=_counted(points) + ("" if len(drawn) == len(points) else f"\nEach pixel counts latents; {count(len(drawn))} are points."),
+        height=420,
+        brush=True,
+        xticks=[(gutter, "silent"), *((float(k), f"{10.0**k * 100:g} %") for k in decades)],
+    )
+
+
+@selectivity.title
+def _(patterns, groups, health, look):
+    return selectivity.question if patterns is not None or groups is None else f"Over how many {_noun(groups)}s does each latent spread?"
+
+
+@selectivity.reading
+def _(patterns, groups, health, look):
+    if patterns is None and groups is None:
+        return NOT_COMPUTED
+    points = selectivity_points(patterns, groups, health)
+    firing = points[(points["firing_rate"] > 0) & np.isfinite(points["effective"])]
+    if patterns is None:
+        some = (
+            f"median {firing['effective'].median():.2f}; a latent that fires alike everywhere has {groups.chance:.2f}"
+            if len(firing)
+            else ""
+        )
+        where = f"Activation over {plural(groups.n_groups, _noun(groups))}"
+        return f"{_counted(points)}. {where}: {some or 'no latent fires'}. {NO_TRUE}"
+    if firing.empty:
+        return f"{_counted(points)}. No latent fires."
+    worst = firing.loc[firing["effective"].idxmax()]
+    means = f"Most meanings: latent {worst['latent']}, {worst['effective']:.2f} features in effect"
+    return f"{_counted(points)}. {means}; median {firing['effective'].median():.2f}."
+
+
+@selectivity.table
+def _(patterns, groups, health, look):
+    if patterns is None and groups is None:
+        return empty_table("latent", "status", "firing_rate", "effective")
+    return selectivity_points(patterns, groups, health).drop(columns=["x", "y"])
+
+
+@selectivity.empty
+def _(patterns, groups, health, look):
+    return NOT_COMPUTED if patterns is None and groups is None else None
+
+
+@selectivity.ids
+def _(patterns, groups, health, look):
+    points = selectivity_points(patterns, groups, health)
+    return points["latent"].to_numpy()[_drawn(points, look)]
+
+
+def selectivity_points(patterns: Patterns | None, groups: Groups | None, health: Health | None) -> pd.DataFrame:
+    """One row per latent, in order: status, rate, effective number of features or groups, and its place (x, y)."""
+    found = patterns if patterns is not None else groups
+    rate, n = found.firing_rate, found.n_samples
+    effective = patterns.effective_features if patterns is not None else groups.effective_groups
+    silent = np.where(True if health is None else health.dead, "dead", "unseen")
+    status = patterns.status if patterns is not None else np.where(rate > 0, "alive", silent)
+    x = np.log10(np.maximum(rate, 1 / n))
+    silent_ones = np.flatnonzero(rate == 0)  # side by side in the gutter
+    x[silent_ones] = _gutter(n) + np.linspace(-0.2, 0.2, len(silent_ones) + 2)[1:-1]
+    table = {
+        "latent": np.arange(len(rate)),
+        "status": status,
+        "firing_rate": rate,
+        "effective": effective,
+        "x": drawable(x),
+        "y": drawable(effective),
+    }
+    if patterns is not None:
+        own = {"selectivity": patterns.selectivity, "participation": patterns.participation}
+        table |= own | {"features_alone": np.diff(patterns.fires.indptr), "capacity": patterns.latent_capacity}
+    return pd.DataFrame(table)
+
+
+def _drawn(points: pd.DataFrame, look: Look) -> np.ndarray:
+    """Rows that become points: all, or those selected and the most polysemantic, as many as fit."""
+    if len(points) <= MAX_POINTS:
+        return np.arange(len(points))
+    chosen = [i for i in (*look.selected_latents, look.primary_latent) if i is not None and i < len(points)]
+    widest = np.argsort(-np.nan_to_num(points["effective"].to_numpy(dtype=float)), kind="stable")[: MAX_POINTS // 16]
+    return np.unique(np.concatenate([np.array(chosen, dtype=int), widest]))
+
+
+def _gutter(n_samples: int) -> float:
+    """Where silent latents stand: half a decade left of a single firing."""
+    return float(np.log10(1 / n_samples)) - 0.5
+
+
+def _marks(drawn: pd.DataFrame, theme: str) -> hv.Points:
+    tokens = [PATTERNS[s] for s in drawn["status"]]
+    style = {"marker": [t.marker for t in tokens], "fill": [0.0 if t.hollow else 0.75 for t in tokens], "word": [t.word for t in tokens]}
+    points = hv.Points(drawn.assign(**style), ["x", "y"], ["latent", "status", "firing_rate", "effective", *style])
+    return points.opts(
+        color="status",
+        cmap={name: t.colour(theme) for name, t in PATTERNS.items()},
+        marker="marker",
+        size=9,
+        fill_alpha="fill",
+        line_width=1.5,
+        tools=["hover", *BRUSH],
+        show_legend=False,
+        colorbar=False,
+        hooks=[same_when_selected],
+        hover_tooltips=[
+            ("latent", "@latent"),
+            ("status", "@word"),
+            ("in effect", "@effective{0.00}"),
+            ("firing rate", "@firing_rate{0.0000}"),
+        ],
+    )
+
+
+def _legend(points: pd.DataFrame, theme: str) -> list[hv.Points]:
+    numbers = points["status"].value_counts()
+    return [
+        sample(f"{t.word} ({count(numbers[name])})", t.marker, t.colour(theme), 0.0 if t.hollow else 0.75)
+        for name, t in PATTERNS.items()
+        if name in numbers
+    ]
+
+
+def _counted(points: pd.DataFrame) -> str:
+    numbers = points["status"].value_counts()
+    words = ", ".join(f"{count(numbers[name])} {t.word.lower()}" for name, t in PATTERNS.items() if name in numbers)
+    return f"{plural(len(points), 'latent')}: {words}"
+
+
+def _noun(groups: Groups) -> str:
+    return {"anchors": "anchor", "labels": "label", "clusters": "cluster"}[groups.of]
+
+
+# P1 ------------------------------------------------------------------------------------------------------------------
+
+
+class Bars(NamedTuple):
+    """What fires one latent: a table, strongest first, its status (with truth alone), and how many there are in effect."""
+
+    rows: pd.DataFrame
+    status: str
+    effective: float
+
+
+@view("What fires this latent?", id="P1", of=(trace_patterns, trace_groups), page="latents", cost="select")
+def response_profile(patterns, groups, look):
+    """The primary latent's code for each true feature shown alone, as the data have it: the mean over magnitudes. Filled: it
+    fires on most of the rows that hold the feature. Hollow: on fewer, for there other features and other latents compete. At the right, the
+    feature's share of what drives the latent in real rows. Without truth: groups of rows, each shown as its mean row."""
+    bars, theme = profile_rows(patterns, groups, look.primary_latent), look.theme
+    rows = bars.rows.head(STRONGEST)
+    place, alone = -np.arange(len(rows), dtype=float), rows["alone"].to_numpy(dtype=float)
+    stems = hv.Segments((np.zeros(len(rows)), place, alone, place), ["x0", "y0", "x1", "y1"])
+    layers: list = [stems.opts(color=LINES["response"][theme], line_width=2)]
+    data = rows.assign(response=alone, row=place, fill=np.where(rows["context"] > OFTEN, 1.0, 0.0))
+    marks = hv.Points(data, ["response", "row"], [*rows.columns, "fill"])
+    style = {"color": LINES["response"][theme], "marker": "circle", "size": 12, "fill_alpha": "fill", "line_width": 2}
+    tips = [("name", "@name"), ("alone", "@alone{0.000}"), ("fires in context", "@context{0.00}"), ("share of its drive", "@share{0.00}")]
+    layers.append(marks.opts(**style, tools=["hover", "tap"], hooks=[same_when_selected], hover_tooltips=tips, show_legend=False))
+    mine = data[rows.iloc[:, 0] == look.primary_feature] if patterns is not None else data.iloc[:0]
+    if len(mine):
+        ring = hv.Points(mine, ["response", "row"], label="Selected")
+        layers.append(ring.opts(color=TEXT[theme], fill_alpha=0, line_width=2, size=20))
+    top = float(finite(alone).max(initial=0.0)) or 1.0
+    shares = hv.Labels((np.full(len(rows), 1.06 * top), place, [f"{s:.0%}" for s in rows["share"].fillna(0)]), ["x", "y"], "text")
+    layers.append(shares.opts(text_color=TEXT[theme], text_align="left", **TYPE))
+    layers += [sample("fires in most rows with it", "circle", LINES["response"][theme])]
+    layers += [sample("in fewer", "circle", LINES["response"][theme], 0.0)]
+    return frame(
+        hv.Overlay(layers),
+        look,
+        xlim=(-0.03 * top, 1.28 * top),
+        ylim=(0.3 - max(len(rows), 1), 0.7),
+        xlabel=f"code when shown alone; right: share of latent {look.primary_latent}'s {'drive' if patterns is not None else 'activation'}",
+        ylabel="",
+        title=_profile_title(bars, patterns, groups, look),
+        height=130 + 26 * max(len(rows), 2),
+        yticks=row_ticks(_short(name) for name in rows["name"]),
+    )
+
+
+@response_profile.reading
+def _(patterns, groups, look):
+    why = response_profile.empty(patterns, groups, look)
+    if why is not None:
+        return why
+    bars = profile_rows(patterns, groups, look.primary_latent)
+    first = bars.rows.sort_values("share", ascending=False, kind="stable").iloc[0]
+    many, share = int((bars.rows["alone"] > 0).sum()), f"{first['name']} has {first['share']:.0%}"
+    if patterns is None:
+        fires = f"the mean rows of {many} of {plural(groups.n_groups, _noun(groups))} fire it"
+        return f"Latent {look.primary_latent}: {fires}; {share} of its activation; {bars.effective:.2f} in effect. {NO_TRUE}"
+    fires = f"{plural(many, 'true feature')} {'fires' if many == 1 else 'fire'} it alone"
+    return f"Latent {look.primary_latent}: {fires}; {share} of what drives it in rows; {bars.effective:.2f} in effect."
+
+
+@response_profile.table
+def _(patterns, groups, look):
+    if response_profile.empty(patterns, groups, look):
+        return empty_table("feature", "name", "alone", "fires alone", "context", "share")
+    return profile_rows(patterns, groups, look.primary_latent).rows
+
+
+@response_profile.empty
+def _(patterns, groups, look):
+    found = patterns if patterns is not None else groups
+    if look.primary_latent is None:
+        return NO_SELECTION
+    if found is None or look.primary_latent >= found.n_latents:
+        return NOT_COMPUTED
+    if len(profile_rows(patterns, groups, look.primary_latent).rows):
+        return None
+    if found.firing_rate[look.primary_latent] > 0:
+        return f"Nothing that we know fires latent {look.primary_latent}, alone or in rows."
+    return never_fired(found.n_samples)
+
+
+def profile_rows(patterns: Patterns | None, groups: Groups | None, latent: int) -> Bars:
+    """Every feature (or group) that fires the latent, the strongest alone first."""
+    if patterns is not None:
+        found = patterns.profile(latent)
+        table = {"feature": found.features, "name": found.names, "alone": found.responses.mean(axis=0), "fires alone": found.alone}
+        table |= {"context": found.context, "without": found.without, "share": found.share}
+        return Bars(pd.DataFrame(table), found.status, found.effective_features)
+    grouped = groups.profile(latent)
+    table = {"group": grouped.groups, "name": grouped.names, "alone": grouped.responses}
+    rows = pd.DataFrame(table | {"context": grouped.context, "share": grouped.share})
+    rows = rows.sort_values(["alone", "share"], ascending=False, kind="stable", ignore_index=True)
+    return Bars(rows, "", grouped.effective_groups)
+
+
+def _profile_title(bars: Bars, patterns: Patterns | None, groups: Groups | None, look: Look) -> str:
+    many = f"\n{STRONGEST} of {count(len(bars.rows))} drawn; the table has all." if len(bars.rows) > STRONGEST else ""
+    if patterns is None:
+        found = f"{bars.effective:.2f} {_noun(groups)}s in effect (alike everywhere: {groups.chance:.2f})"
+    else:
+        token = PATTERNS[bars.status]
+        found = f"{token.shape} {token.word.lower()}, {bars.effective:.2f} features in effect (polysemantic from {POLY:g})"
+    return f"Latent {look.primary_latent}: {found}{many}"
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= 24 else name[:23] + "…"
