@@ -22,7 +22,8 @@ import param
 import torch
 
 from sdl_explorer.archive import CONSTANT, read_control, read_record, write_control, write_record
-from sdl_explorer.control import last_intervention, paired
+from sdl_explorer.control import Stopped, last_intervention, paired
+from sdl_explorer.data.activations import Activations
 from sdl_explorer.data.anchors import Anchors, Pins, Pulls
 from sdl_explorer.data.sources import Source, stream
 from sdl_explorer.diagnosis.cached import CachedFindings
@@ -34,6 +35,7 @@ from sdl_explorer.models.methods import Method, TopK
 from sdl_explorer.models.rewrites import scaled
 from sdl_explorer.models.start import started_on
 from sdl_explorer.settings import Settings, check_kinds, check_start, check_widths, device_of, size_of
+from sdl_explorer.survey import Survey, codes_of, take_survey
 from sdl_explorer.training.commits import Commit, CommitStore
 from sdl_explorer.training.folder import RunLock, read_json, restore_source, settings_of, write_json
 from sdl_explorer.training.history import History, Recorder
@@ -48,6 +50,7 @@ from sdl_explorer.training.snapshot import Job, Snapshot
 from sdl_explorer.training.split import Split
 from sdl_explorer.training.state import Schedule, TrainState, threads_for
 from sdl_explorer.training.unabsorb import Unabsorb
+from sdl_explorer.trial import Trial, conduct
 
 JUDGE_ROWS = 10_000
 MOMENT_STEPS = 100
@@ -381,6 +384,27 @@ class Session(Settings):
             write_control(self.folder, self.last_control)
         return self.last_control
 
+    def trial(self, intervention: Intervention, candidates, n_steps: int = 200, *, seed: int = 0, n: int = JUDGE_ROWS) -> Trial:
+        """One run in which chance gives each candidate the intervention, its sham (random directions) or nothing; see `Trial`.
+
+        `intervention` changes single latents (Resample, Realign, Anchor, Prune); its `latents` are the candidates. All happens to a
+        copy of the state, on `n` judge rows. stop() ends it (raises `Stopped`). The session is left as it was.
+        """
+        steps, rows = _count("trial: n_steps", n_steps), self._judge_rows(n).to(self.device)
+        anchors = self.anchors if rows.truth is None else None
+        if not self.running:
+            self._stop.clear()
+        drain = lambda work: self._wait(self._lane.start(self, work))
+        tell = lambda done: self._note({"job": Job("trial", done)})
+        try:
+            tell(0.0)
+            settings = self._settings()
+            return conduct(
+                self._run, settings, intervention, candidates, steps, seed, rows, anchors, self._call, drain, self._stop.is_set, tell
+            )
+        finally:
+            self._note({"job": None})
+
     def find(self, finding, *, n: int = JUDGE_ROWS, progress: Callable[[float], None] | None = None, **settings):
         """One finding's result, or a list of results from one pass over `n` judge rows; cached by state and settings.
 
@@ -388,10 +412,32 @@ class Session(Settings):
         """
         findings = finding if isinstance(finding, list) else [finding]
         view, rows = self._view(), self._judge_rows(n)
-        known = {name: view[name] for name in ("samples_since_fired", "dead_after", "pins")}
-        known["anchors"] = self.anchors if rows.truth is None else None
-        results = self._findings.find(findings, view["key"], view["dictionary"], rows, known, settings, progress)
+        kept = lambda: codes_of(self._root, view["dictionary"], self.source, self.seed, rows.n)
+        results = self._findings.find(findings, view["key"], view["dictionary"], rows, self._known(view, rows), settings, progress, kept)
         return results if isinstance(finding, list) else results[0]
+
+    def survey(self, rows: int = JUDGE_ROWS, *, progress: Callable[[float], None] | None = None) -> Survey:
+        """Encode this many judge rows once and fill every streaming finding; `find` on as many rows then reads the codes.
+
+        They are kept in the run folder, so that a survey that was ended goes on where it was. Runs in the caller's thread;
+        stop(), or an exception in `progress(done)`, ends it between blocks (stop() raises `Stopped`).
+        """
+        view, activations = self._view(), self._judge_rows(_count("survey: rows", rows))
+        if not self.running:
+            self._stop.clear()
+
+        def pulse(done: float) -> None:
+            self._note({"job": Job("survey", done)})
+            if progress is not None:
+                progress(done)
+            if self._stop.is_set():
+                raise Stopped(f"survey: stopped at {done:.0%}; the same call goes on from there.")
+
+        kept = codes_of(self._root, view["dictionary"], self.source, self.seed, activations.n, writes=self.writable)
+        try:
+            return take_survey(self._findings, view, activations, self._known(view, activations), pulse, kept)
+        finally:
+            self._note({"job": None})
 
     def save(self, folder) -> Path:
         """Bind the session to a run folder; commits first if the step moved."""
@@ -605,6 +651,16 @@ class Session(Settings):
             return self._copy[1]
 
         return self._lane.call(self, command)
+
+    def _known(self, view: dict[str, Any], rows: Activations) -> dict[str, Any]:
+        """What findings are told beside the weights."""
+        told = {name: view[name] for name in ("samples_since_fired", "dead_after", "pins")}
+        return told | {"anchors": self.anchors if rows.truth is None else None}
+
+    @property
+    def _root(self) -> Path:
+        """The run folder, or the one that goes with the session."""
+        return self._run.store.folder.parent
 
     def _judge_rows(self, n: int):
         with self._guard:
