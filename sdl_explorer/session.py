@@ -29,11 +29,13 @@ from sdl_explorer.data.sources import Source, stream
 from sdl_explorer.diagnosis.cached import CachedFindings
 from sdl_explorer.diagnosis.compare import Control
 from sdl_explorer.diagnosis.continuation import continued_method
+from sdl_explorer.diagnosis.explain import Verdict, explain
 from sdl_explorer.diagnosis.preflight import Preflight, preflight
 from sdl_explorer.models.dictionary import SparseDictionary
 from sdl_explorer.models.methods import Method, TopK
 from sdl_explorer.models.rewrites import scaled
 from sdl_explorer.models.start import started_on
+from sdl_explorer.repair import Bench, Repair, try_repairs
 from sdl_explorer.settings import Settings, check_kinds, check_start, check_widths, device_of, size_of
 from sdl_explorer.survey import Survey, codes_of, take_survey
 from sdl_explorer.training.commits import Commit, CommitStore
@@ -403,6 +405,33 @@ class Session(Settings):
                 self._run, settings, intervention, candidates, steps, seed, rows, anchors, self._call, drain, self._stop.is_set, tell
             )
         finally:
+            self._note({"job": None})
+
+    def repair(
+        self, budget: int = 20_000, *, n_steps: int = 200, runs: int = 5, n: int = JUDGE_ROWS, verdicts: list[Verdict] | None = None
+    ) -> Repair:
+        """Try the verdicts' interventions (None: those of `explain`) and propose what is better than as many steps and than its sham.
+
+        `budget`: training steps to spend in all. A try takes `runs` pairs of three arms of `n_steps`, judged on `n` judge rows. All
+        happens on a branch: the session is left as it was, and `Repair.apply(session)` applies what passed. stop() ends it with
+        what was finished.
+        """
+        budget, n_steps, runs = (_count(f"repair: {name}", v) for name, v in (("budget", budget), ("n_steps", n_steps), ("runs", runs)))
+        rows = self._judge_rows(n).to(self.device)
+        verdicts = self.find(explain, n=n) if verdicts is None else verdicts
+        if not self.running:
+            self._stop.clear()
+        drain = lambda work: self._wait(self._lane.start(self, work))
+        tell = lambda done: self._note({"job": Job("repair", done)})
+        twin = self.branch()
+        try:
+            tell(0.0)
+            twin._call(lambda: twin._run.take_settings(self._settings()))
+            anchors = self.anchors if rows.truth is None else None
+            bench = Bench(twin._run, rows, anchors, twin._call, drain, self._stop.is_set, tell)
+            return try_repairs(bench, verdicts, budget, n_steps, runs)
+        finally:
+            twin.close()
             self._note({"job": None})
 
     def find(self, finding, *, n: int = JUDGE_ROWS, progress: Callable[[float], None] | None = None, **settings):

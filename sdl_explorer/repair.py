@@ -1,0 +1,219 @@
+"""Which advice helps? Each verdict's intervention is judged by pairs with and without it, beside a sham, and kept only if it passes."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+from scipy.stats import t as student
+
+from sdl_explorer.control import ARMS, Stopped, paired
+from sdl_explorer.data.activations import Activations
+from sdl_explorer.data.anchors import Anchors
+from sdl_explorer.diagnosis.compare import BETTER, ENOUGH, MEASURES, Control
+from sdl_explorer.diagnosis.explain import Verdict
+from sdl_explorer.training.commits import Commit
+from sdl_explorer.training.plan import Plan
+from sdl_explorer.training.run import Run
+
+LEVEL = 0.05  # of all tries together
+SINGLE = ("resample", "realign")  # what changes each latent on its own, so that some can be left out
+
+
+class Gain(NamedTuple):
+    """Mean difference to another arm with its interval, in the direction that is better."""
+
+    mean: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, repr=False)
+class Tried:
+    """One verdict's advice, and what became of it. `plan` and `control` are None where it could not be tried."""
+
+    verdict: Verdict
+    why: str
+    plan: Plan | None = None
+    control: Control | None = None
+    gains: tuple[Gain, ...] = ()  # against as many plain steps, and against the sham
+    kept: bool = False
+
+    def __repr__(self) -> str:
+        return f"Tried({self.verdict.id}: {type(self.verdict.advice).__name__}, {'kept' if self.kept else 'not kept'}: {self.why})"
+
+
+@dataclass(frozen=True, repr=False)
+class Repair:
+    """What `session.repair` proposes. The session is as it was; `apply(session)` applies what was kept.
+
+    tried    every verdict that was looked at, in order;   n_verdicts  how many there were;   n_tries   how many the level is shared by
+    step     of the session that was judged
+    """
+
+    tried: tuple[Tried, ...]
+    n_verdicts: int
+    n_tries: int
+    n_steps: int
+    runs: int
+    step: int
+    stopped: bool = False
+
+    def __repr__(self) -> str:
+        return f"Repair({self.reading})"
+
+    @property
+    def kept(self) -> tuple[Plan, ...]:
+        """The plans that passed, in the order in which they are to be applied."""
+        return tuple(one.plan for one in self.tried if one.kept and one.plan is not None)
+
+    def apply(self, session) -> tuple[Commit, ...]:
+        """Apply what was kept to the session that was judged, at the step at which it was."""
+        if session.step != self.step:
+            raise ValueError(
+                f"Repair.apply: the plans were judged at step {self.step} and the session is at step {session.step}; revert to that step, "
+                "or call session.repair again."
+            )
+        return tuple(session.apply(plan) for plan in self.kept)
+
+    @property
+    def reading(self) -> str:
+        """What was tried, what passed and why the rest did not, in plain words."""
+        if not self.n_verdicts:
+            return "Nothing to repair: explain has no verdict here."
+        judged = sum(one.control is not None for one in self.tried)
+        how = (
+            f"{judged} of {self.n_verdicts} verdicts were tried, each on {self.runs} pairs of {self.n_steps} steps, against as many plain "
+            f"steps and against a sham; {1 - LEVEL / self.n_tries:.1%} intervals, since {self.n_tries} may be tried."
+        )
+        told = " ".join(f"{'Kept' if one.kept else 'Not kept'}: {one.verdict.claim} {one.why}" for one in self.tried)
+        passed = "" if self.kept else " Nothing passed, so nothing is proposed."
+        end = " Nothing was applied yet: repair.apply(session) does it." if self.kept else ""
+        return f"{how} {told}{' Stopped before the rest.' if self.stopped else ''}{passed}{end}"
+
+    def table(self) -> pd.DataFrame:
+        """A row for each verdict that was looked at."""
+        rows = []
+        for one in self.tried:
+            row: dict[str, Any] = {"verdict": one.verdict.id, "advice": type(one.verdict.advice).__name__, "harm": one.verdict.harm}
+            for against, gain in zip(("untreated", "sham"), one.gains, strict=False):
+                row |= {f"vs {against}": gain.mean, f"vs {against} low": gain.low, f"vs {against} high": gain.high}
+            rows.append(row | {"kept": one.kept, "why": one.why})
+        return pd.DataFrame(rows)
+
+
+def gains_of(control: Control, level: float, step: float = 0.0) -> tuple[Gain, Gain]:
+    """Treated less untreated, and treated less sham, at 1 - level.
+
+        mean(d) +- t(1 - level / 2, n - 1) * max(sd(d), step / 2) * sqrt(1 / n)        d = treated - untreated, pair by pair
+        mean(d) +- t(1 - level / 2, n - 1) * max(sd(d), step / 2) * sqrt(1 + 1 / n)    d = treated - sham
+
+    The sham draws new directions in every pair, while the treatment is one draw that all pairs share: whether it is better than
+    what chance would have given is a question of one more draw, hence the second interval. `step` is the smallest difference that
+    the score can show, such as one feature: one that comes or goes by chance has a standard deviation of at most half of it, and five
+    pairs that agree do not prove less.
+    """
+    sign, n = BETTER[control.primary], control.n
+    quantile = float(student.ppf(1 - level / 2, n - 1))
+    gains = []
+    for other, extra in ((control.untreated, 0.0), (control.sham, 1.0)):
+        d = sign * (control.treated[control.primary] - other[control.primary])
+        half = quantile * max(float(np.std(d, ddof=1)), step / 2) * np.sqrt(extra + 1 / n)
+        gains.append(Gain(float(d.mean()), float(d.mean() - half), float(d.mean() + half)))
+    return gains[0], gains[1]
+
+
+def judged(control: Control, level: float, step: float) -> tuple[bool, str, tuple[Gain, ...]]:
+    """Better than as many plain steps and than the sham; without recovery on the scoreboard it has to be harmless as well."""
+    gains = gains_of(control, level, step)
+    trained, sham = gains
+    label = MEASURES[control.primary].label
+    numbers = f"{label}: {_said(trained)} against plain steps, {_said(sham)} against the sham."
+    if not np.isfinite(trained.mean):
+        return False, f"{label} is not defined here.", gains
+    if trained.low <= 0:
+        return False, f"It is not better than {control.n_steps} plain steps. {numbers}", gains
+    if sham.low <= 0:
+        return False, f"It is not better than resetting the same latents at random. {numbers}", gains
+    if "recovery_decoder" not in control.treated and not control.harmless():
+        return False, f"It costs unexplained variance or L0. {numbers}", gains
+    return True, numbers, gains
+
+
+class Bench(NamedTuple):
+    """Where repairs are tried: a run that may be changed, rows to judge on, and how its work is done."""
+
+    run: Run
+    rows: Activations
+    anchors: Anchors | None
+    call: Callable  # a command, in the lane
+    drain: Callable  # an iterator of steps, in the lane
+    stopped: Callable[[], bool]
+    progress: Callable[[float], None]
+
+    @property
+    def step(self) -> float:
+        """One feature, as a share of them; 0 where nothing is counted."""
+        truth = self.rows.truth
+        n = truth.n_features if truth is not None else len(self.anchors or ())
+        return 1 / n if n else 0.0
+
+
+def try_repairs(bench: Bench, verdicts: Sequence[Verdict], budget: int, n_steps: int, runs: int) -> Repair:
+    """Each verdict in turn, on top of those that were kept; as many as the budget of training steps holds."""
+    cost, step = n_steps * runs * len(ARMS), bench.run.state.step
+    if runs < ENOUGH:
+        raise ValueError(f"repair: {runs} pairs; at least {ENOUGH} are needed to judge.")
+    if budget < cost:
+        raise ValueError(
+            f"repair: budget is {budget:,} steps, and one try takes {cost:,} ({runs} pairs of {len(ARMS)} arms of {n_steps} steps); "
+            "raise the budget or lower n_steps."
+        )
+    n_tries = max(1, min(len(verdicts), budget // cost))
+    tried: list[Tried] = []
+    try:
+        for one in _tries(bench, verdicts, n_tries, n_steps, runs):
+            tried.append(one)
+    except Stopped:
+        return Repair(tuple(tried), len(verdicts), n_tries, n_steps, runs, step, stopped=True)
+    return Repair(tuple(tried), len(verdicts), n_tries, n_steps, runs, step)
+
+
+def _tries(bench: Bench, verdicts: Sequence[Verdict], n_tries: int, n_steps: int, runs: int) -> Iterator[Tried]:
+    """One `Tried` a verdict, until the tries are used up."""
+    run, changed, left = bench.run, set(), n_tries
+    for verdict in verdicts:
+        if left == 0:
+            return
+        try:
+            plan = _without(bench.call(lambda: run.plan(verdict.advice)), changed)  # noqa: B023 - the call is over before the next verdict
+        except ValueError as error:
+            yield Tried(verdict, f"It could not be planned: {error}")
+            continue
+        after = bench.call(lambda: run.apply(plan))  # noqa: B023
+        control = None
+        for done, latest in paired(run, after, bench.rows, bench.anchors, n_steps, runs, bench.drain, bench.stopped):
+            bench.progress((n_tries - left + done) / n_tries)
+            control = latest
+        left -= 1
+        kept, why, gains = judged(control, LEVEL / n_tries, bench.step)
+        if kept:
+            changed |= set(after.latents)
+        else:
+            bench.call(lambda: run.revert(run.store[after.parent]))  # noqa: B023
+        yield Tried(verdict, why, plan, control, gains, kept)
+
+
+def _without(plan: Plan, changed: set[int]) -> Plan:
+    """The plan without latents that an earlier repair has just changed; ValueError where they belong together."""
+    again = changed & set(plan.latents.tolist())
+    if not again:
+        return plan
+    if plan.intervention not in SINGLE or len(again) == len(plan.latents):
+        raise ValueError(f"latent {min(again)} was changed by an earlier repair; train on and call repair again.")
+    return plan.drop(again)
+
+
+def _said(gain: Gain) -> str:
+    return f"{gain.mean:+.3f} ({gain.low:+.3f} to {gain.high:+.3f})"
