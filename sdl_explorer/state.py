@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import param
 
-PAGES = ("Overview", "Alignment", "Latents", "Intervene", "Absorption", "Compare")
+PAGES = ("Overview", "Alignment", "Latents", "Intervene", "Absorption", "Landscape", "Compare")
 SIDES = ("decoder", "encoder", "response")
 VERSION = 1
 HISTORY = 100

@@ -227,7 +227,7 @@ def explorer():
 
 def test_the_page_is_there_where_concepts_have_parents(explorer):
     frame = explorer.__panel__()
-    assert frame.tabs.options == ["Overview", "Alignment", "Latents", "Intervene", "Absorption", "Compare"]
+    assert frame.tabs.options == ["Overview", "Alignment", "Latents", "Intervene", "Absorption", "Landscape", "Compare"]
     explorer.desk.settle()
     assert explorer.desk.value(find_absorption) is None  # computed when the page is opened
     explorer.state.page = "Absorption"

@@ -63,7 +63,7 @@ def test_importing_the_library_imports_no_gui():
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
 
 
-@pytest.mark.parametrize("page", ["Overview", "Alignment", "Latents", "Intervene", "Absorption", "Compare"])
+@pytest.mark.parametrize("page", ["Overview", "Alignment", "Latents", "Intervene", "Absorption", "Landscape", "Compare"])
 def test_every_card_of_a_page_says_something(explorer, page):
     frame = shown(explorer, page)
     assert frame.pages[page].shown

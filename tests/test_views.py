@@ -22,9 +22,11 @@ from sdl_explorer.diagnosis.drift import measure_drift
 from sdl_explorer.diagnosis.examples import find_examples
 from sdl_explorer.diagnosis.groups import trace_groups
 from sdl_explorer.diagnosis.health import check_health
+from sdl_explorer.diagnosis.landscape import probe_landscape
 from sdl_explorer.diagnosis.pairs import count_pairs
 from sdl_explorer.diagnosis.patterns import trace_patterns
 from sdl_explorer.diagnosis.recovery import score_recovery
+from sdl_explorer.diagnosis.theory import check_theory
 from sdl_explorer.models.dictionary import SparseDictionary
 from sdl_explorer.training.commits import Commit
 from sdl_explorer.training.history import History
@@ -91,6 +93,10 @@ def found():
         Chosen(trace_causes, "latent", "primary_latent"): trace_causes(dictionary, rows, latent=8),
         Chosen(count_pairs, "latents", "selected_latents"): count_pairs(dictionary, rows, latents=(0, 3, 8, 11)),
         Chosen(score_recovery, "tau", "tau"): score_recovery(dictionary, rows, tau=0.95),
+        Chosen(probe_landscape, "latents", "primary_latent"): probe_landscape(
+            dictionary, rows, latents=8, grid=8, n_kicks=2, n_steps=2, n_rows=64
+        ),
+        check_theory: check_theory(dictionary, rows, n_segments=1),
         find_absorption: find_absorption(absorbing, family),
         align: alignment,
         Before(align): align(worse, rows, pins=pins),
@@ -247,6 +253,8 @@ def spoilt(finding):
         return replace(
             finding, rows=tuple(r._replace(loss=np.nan, nearest_cosine=np.nan) for r in finding.rows), expected={"error after": np.nan}
         )
+    if isinstance(finding, list):
+        return [spoilt(f) for f in finding]
     if isinstance(finding, tuple):
         return tuple(spoilt(f) if isinstance(f, History) else f for f in finding)
     return replace(finding, **{name: _spoilt(value) for name, value in vars(finding).items()})

@@ -96,6 +96,10 @@ class Explorer(pn.viewable.Viewer):
         """Which latents go silent where a more special one takes over?"""
         return Sheet(self.desk, "Absorption")
 
+    def landscape(self):
+        """Why did training stop here, and do the theorems apply to this model?"""
+        return Sheet(self.desk, "Landscape")
+
     def compare(self):
         """Did it help more than simply training on?"""
         return Sheet(self.desk, "Compare")

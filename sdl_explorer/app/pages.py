@@ -10,6 +10,7 @@ from sdl_explorer.widgets.intervene import OWN, form_of
 from sdl_explorer.widgets.log import Log
 from sdl_explorer.widgets.page import Page
 from sdl_explorer.widgets.preview import Held, Preview
+from sdl_explorer.widgets.theory import TheoryCards
 from sdl_explorer.widgets.tiles import Tiles
 
 QUESTIONS = {
@@ -18,6 +19,7 @@ QUESTIONS = {
     "Latents": "Does each latent mean one thing, several, or nothing?",
     "Intervene": "What can be repaired, and what would it change?",
     "Absorption": "Which latents go silent where a more special one takes over?",
+    "Landscape": "Why did training stop here, and do the theorems apply to this model?",
     "Compare": "Did it help more than simply training on?",
 }
 
@@ -51,6 +53,10 @@ def _absorption(host):
     return cards(host, "absorption")
 
 
+def _landscape(host):
+    return [*(Card(host, find_view(id)) for id in ("L1", "L3", "L2", "T")), TheoryCards(host)]
+
+
 def _compare(host):
     order = {"C3": 0, "C1": 1}
     return [ControlForm(host), *sorted(cards(host, "compare"), key=lambda card: order.get(card.view.id, 2)), Log(host)]
@@ -62,6 +68,7 @@ PARTS = {
     "Latents": _latents,
     "Intervene": _intervene,
     "Absorption": _absorption,
+    "Landscape": _landscape,
     "Compare": _compare,
 }
 

@@ -16,6 +16,7 @@ from sdl_explorer.models.methods.relu import Rectified
 from sdl_explorer.models.methods.topk import BatchTopKSelection, TopKSelection
 
 OWN = (Rectified, JumpRectified, BatchTopKSelection, GatedRectified, Pointwise)  # a code depends on its own pre-activation alone
+ROUNDING = 1e-12  # a loss below it, over that of no code at all, is 0
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,9 @@ class Local:
             projected += (weighted * (kept == t)[..., None]).transpose(-1, -2) @ left
         inverse = torch.linalg.pinv(gram, rtol=1e-10, hermitian=True)
         explained = (inverse * (projected @ projected.transpose(-1, -2))).sum(dim=(-1, -2)) / self.weights.sum()
-        return (self._mean(self._squares(kept)) * self.scale**2 - explained).clamp_min(0) / self.scale**2
+        total = self._mean(self._squares(kept)) * self.scale**2
+        left = total - explained
+        return torch.where(left > ROUNDING * total, left, 0.0) / self.scale**2
 
     def written(self, W_enc: Tensor, W_dec: Tensor) -> Tensor:
         """(..., n, d_out) what remains of the targets is this less than what remains without any rival: all that these rows change."""

@@ -42,7 +42,7 @@ def test_the_page_shows_what_was_absorbed(page: Page, address: str):
             expect(part(f"card-{card} .sdlx-reading")).to_contain_text(" under parent ", timeout=SLOW)
 
     open_page()
-    expect(page.get_by_role("tab")).to_have_text(["Overview", "Alignment", "Latents", "Intervene", "Absorption", "Compare"])
+    expect(page.get_by_role("tab")).to_have_text(["Overview", "Alignment", "Latents", "Intervene", "Absorption", "Landscape", "Compare"])
     expect(part("card-H1 .sdlx-reading")).to_contain_text(re.compile(r"9 parent-child edges: \d absorbed"))
     part("card-H1").get_by_role("button", name="Table").first.click()  # a row is a selection, without a mouse too
     rows = part("card-H1").locator(".tabulator-row")

@@ -27,7 +27,7 @@ def test_a_dark_system_gets_a_dark_page_and_keys_are_heard(open_page, served: st
     expect(title).to_contain_text("Latent ", timeout=SLOW)
     latent = title.get_by_role("heading").inner_text()
     page.keyboard.press("ArrowLeft")
-    expect(page.get_by_role("tab", name="Absorption")).to_have_attribute("aria-selected", "true", timeout=SLOW)
+    expect(page.get_by_role("tab", name="Landscape")).to_have_attribute("aria-selected", "true", timeout=SLOW)
     page.keyboard.press("2")
     expect(page.get_by_role("tab", name="Alignment")).to_have_attribute("aria-selected", "true", timeout=SLOW)
     expect(title).to_have_text(latent)  # the arrow was the tabs' alone

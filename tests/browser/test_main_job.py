@@ -66,6 +66,7 @@ def test_main_job(page: Page, served: str):
         "Latents",
         "Intervene",
         "Absorption",
+        "Landscape",
         "Compare",
     ]
     expect(part(page, "tiles")).to_contain_text("Recovered", timeout=SLOW)
