@@ -5,7 +5,7 @@ from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 from sdl_explorer.data.activations import Activations
-from sdl_explorer.diagnosis.observe import declared_settings, observe
+from sdl_explorer.diagnosis.observe import Kept, declared_settings, observe
 from sdl_explorer.models.dictionary import SparseDictionary
 
 KEPT = 48
@@ -27,10 +27,12 @@ class CachedFindings:
         known: dict[str, Any],
         settings: dict[str, Any],
         progress: Callable[[float], None] | None = None,
+        kept: Callable[[], Kept | None] = lambda: None,
     ) -> list:
         """The results in order. Each finding gets the settings that it declares, out of `known` (where not
         None) and `settings`; a setting that none declares raises TypeError. `state` names the weights and
-        what is known of them; of `known`, the anchors alone can change beside it."""
+        what is known of them; of `known`, the anchors alone can change beside it. `kept()` gives the codes of
+        these rows that outlived an earlier pass; it is asked where something is missing."""
         unknown = set(settings) - set().union(*(declared_settings(f) for f in findings))
         if unknown:
             raise TypeError(f"find: no finding in {[f.__name__ for f in findings]} takes {sorted(unknown)}.")
@@ -42,7 +44,8 @@ class CachedFindings:
             found = {f: self._found[keys[f]] for f in findings if keys[f] in self._found}
         missing = [f for f in findings if f not in found]
         if missing:
-            results = observe(dictionary, rows.to(dictionary.device), [(f, requests[f]) for f in missing], progress=progress)
+            asked = [(f, requests[f]) for f in missing]
+            results = observe(dictionary, rows.to(dictionary.device), asked, progress=progress, kept=kept())
             # a request is kept with its result, so that an id in a key is not used again meanwhile
             found |= {f: (result, requests[f]) for f, result in zip(missing, results, strict=True)}
             with self._guard:

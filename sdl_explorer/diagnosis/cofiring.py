@@ -119,9 +119,8 @@ class CoFiring(Accumulator):
 
     def _flush(self) -> None:
         if self.waiting:
-            fires, active = (
-                matrices(side, format="csr") for matrices, side in zip((hstack, vstack), zip(*self.waiting, strict=True), strict=False)
-            )
+            fires, active = zip(*self.waiting, strict=True)
+            fires, active = hstack(fires, format="csr"), vstack(active, format="csr")
             for i, strip in enumerate(self.strips):
                 self.both[i] = self.both[i] + fires[strip] @ active
         self.waiting, self.pairs = [], 0

@@ -28,7 +28,7 @@ from sdl_explorer.models.dictionary import Latents, SparseDictionary
 
 FIRES = 1e-6  # latent i fires on x when z_i > FIRES * |W_enc_i| * |input_scale x|: rounding at an exact zero is not firing
 BLOCK_BYTES = 16 * 2**20  # of one block's dense pre-activations; a pass holds a few blocks of this size
-WIDE_BYTES = 16 * BLOCK_BYTES  # the same where sigma selects, and they are never made
+WIDE = 16  # times as many rows where sigma selects, and pre-activations are never made whole
 MOST_ROWS = 4096
 SPARSE = 1 / 16  # share of the codes that fire, below which sums over entries beat a dense product
 
@@ -207,11 +207,11 @@ def evaluating(dictionary: SparseDictionary) -> Iterator[None]:
 class Kept:
     """Encodings of whole blocks that outlive the pass: what `encoded` finds here is not computed again.
 
-    A block comes in parts, one after the other; it is written when every finding has had all of them.
+    A block comes in parts, one after the other.
     """
 
     def read(self, start: int) -> list[Latents] | None:
-        """The parts of the block that begins at this row; None where it is not there."""
+        """The parts of the block that begins at this row, on the dictionary's device; None where it is not there."""
         raise TypeError(f"{type(self).__name__} has no read(start).")
 
     def add(self, latents: Latents) -> None:
@@ -226,12 +226,12 @@ class Kept:
 def encoded(dictionary: SparseDictionary, activations: Activations, block: int | None = None, kept: Kept | None = None) -> Iterator[Rows]:
     """The rows in blocks, each encoded once. Call it inside `evaluating`.
 
-    Where sigma selects without pre-activations, blocks are wide (WIDE_BYTES): sums over entries cost something for each latent and
+    Where sigma selects without pre-activations, blocks are WIDE: sums over entries cost something for each latent and
     block. Where it does not they come in parts of BLOCK_BYTES. The sizes depend on the problem's alone.
     """
     part = block_rows(max(dictionary.n_latents, dictionary.d_in, dictionary.d_out)) if block is None else block
     select = getattr(dictionary.nonlinearity, "select", None)
-    wide = part if block is not None or select is None else max(part, block_rows(dictionary.n_latents, WIDE_BYTES))
+    wide = part if block is not None or select is None else max(part, block_rows(dictionary.n_latents, WIDE))
     like, same = dictionary.W_enc, activations.targets is activations.inputs
     reads = FIRES * dictionary.input_scale * like.float().norm(dim=1)
     for start in range(0, activations.n, wide):
@@ -247,9 +247,9 @@ def encoded(dictionary: SparseDictionary, activations: Activations, block: int |
             y = x if same else targets[span].float()
             if kept is not None and known is None:
                 kept.add(latents)
+                if begin == len(inputs):
+                    kept.write(start)
             yield Rows(start + span.start, x, y, latents, reconstruction.float(), reads)
-        if kept is not None and known is None:
-            kept.write(start)
 
 
 def _encodings(dictionary: SparseDictionary, inputs: Tensor, size: int) -> Iterator[tuple[Latents, Tensor]]:
@@ -270,9 +270,9 @@ def _decoded(dictionary: SparseDictionary, parts: list[Latents]) -> Iterator[tup
         yield latents, dictionary.decode(latents)
 
 
-def block_rows(widest: int, most_bytes: int = BLOCK_BYTES) -> int:
-    """Rows in a block whose widest matrix, as a rule the pre-activations, takes at most so many bytes."""
-    return min(max(1, most_bytes // (4 * widest)), MOST_ROWS)
+def block_rows(widest: int, times: int = 1) -> int:
+    """Rows in a block whose widest matrix, as a rule the pre-activations, takes at most so many times BLOCK_BYTES."""
+    return min(max(1, times * BLOCK_BYTES // (4 * widest)), MOST_ROWS)
 
 
 class Moments(Accumulator):
