@@ -53,6 +53,7 @@ _HOMES = {
     "sdl_explorer.diagnosis.recovery": ("score_recovery",),
     "sdl_explorer.diagnosis.spiked": ("precision_on_spikes",),
     "sdl_explorer.diagnosis.theory": ("check_theory",),
+    "sdl_explorer.diagnosis.twins": ("find_twins",),
     "sdl_explorer.session": ("Session",),
     "sdl_explorer.experiments.sweep": ("sweep",),
     "sdl_explorer.app.explorer": ("Explorer", "explore"),
