@@ -1,5 +1,6 @@
 """Which latents may have taken another one's place? `suspect_absorption` needs no truth, and so it never says more than candidate."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -9,9 +10,9 @@ from jaxtyping import Float, Int
 
 from sdl_explorer.data.activations import Activations
 from sdl_explorer.diagnosis.absorption import Absorption
-from sdl_explorer.diagnosis.candidates_pairs import Codes, Near, Together, sums_of
+from sdl_explorer.diagnosis.candidates_pairs import Codes, Near, Together, sums_of, together
 from sdl_explorer.diagnosis.observe import Accumulator, Rows, Stream, finding, observe
-from sdl_explorer.diagnosis.sparse import Csr
+from sdl_explorer.diagnosis.sparse import Csr, like, row_of, row_sums
 from sdl_explorer.models.dictionary import SparseDictionary
 
 ATTENUATED = 0.6  # of its usual activation, up to which a parent has gone silent or weak
@@ -102,7 +103,7 @@ class Suspects:
     """What `suspect_absorption` found.
 
     candidates     best score first, of the 1000 pairs that pass with the best scores;  n_unlooked: pairs that pass beyond those
-    contained      the separate layer of containment, most rows first, at most 1000;  n_contained counts all
+    contained      the separate layer of containment, most rows first, at most 1000;  n_contained counts all, on the first n_together rows
     points         for each candidate (z_p, z_c), (k, 2): up to 200 rows of the child, then up to 200 of the parent alone
     examined       every pair with its score;  n_left_out: pairs as near that were not looked at
     coherence      mean |cos| of two live latents' decoder rows
@@ -114,6 +115,7 @@ class Suspects:
     n_unlooked: int
     contained: tuple[Contained, ...]
     n_contained: int
+    n_together: int
     points: tuple[Float[np.ndarray, "_ 2"], ...]
     examined: Examined
     n_left_out: int
@@ -165,8 +167,8 @@ class _Suspicion(Accumulator):
         fired = np.diff(codes.indptr)
         live = torch.as_tensor(np.flatnonzero(fired >= self.least), device=dictionary.device)
         near = Near.of(dictionary.W_dec, live, self.min_cosine, self.near)
-        containment = _Containment(fired, self.codes.n, self.least)
-        scores = _Scores(codes, near, sums_of(codes, near, containment.add), self.least)
+        scores = _Scores(codes, near, sums_of(codes, near), self.least)
+        containment = _Containment(codes, self.least, self.stream.pulse)
         passed = scores.passed()
         looks = [self._look(codes, near, scores, int(pair)) for pair in passed[:MOST]]
         looks = [(candidate, points) for candidate, points in looks if candidate.holes >= HOLES]
@@ -175,6 +177,7 @@ class _Suspicion(Accumulator):
             n_unlooked=max(0, len(passed) - MOST),
             contained=containment.best(),
             n_contained=containment.n,
+            n_together=containment.n_samples,
             points=tuple(points for _, points in looks),
             examined=Examined(near.i, near.j, scores.score),
             n_left_out=near.left_out,
@@ -255,7 +258,7 @@ class _Scores:
 
     def __init__(self, codes: Csr, near: Near, sums: Together, least: int):
         self.near, self.sums = near, sums
-        totals = codes.sum(axis=1), codes.power(2).sum(axis=1)
+        totals = row_sums(codes), row_sums(like(codes, codes.data.astype(np.float64) ** 2))
         self.fired, (self.total, self.square) = np.diff(codes.indptr), totals
         p, c = near.i, near.j
         self.back = np.lexsort((p, c))  # where the same pair stands the other way round
@@ -305,15 +308,21 @@ class _Scores:
 class _Containment:
     """Pairs (inner, outer) with P(outer | inner) >= 0.95, P(inner | outer) <= 0.5, and at least twice P(outer)."""
 
-    def __init__(self, fired: np.ndarray, n_samples: int, least: int):
-        self.fired, self.n_samples, self.least, self.n = fired, n_samples, least, 0
-        self.kept = np.empty((0, 3), dtype=np.int64)
+    def __init__(self, codes: Csr, least: int, pulse: Callable[[], None]):
+        self.n_samples, blocks = together(codes)
+        self.fired = np.bincount(row_of(codes)[codes.indices < self.n_samples], minlength=codes.shape[0])
+        self.least, self.n, self.kept = least, 0, np.empty((0, 3), dtype=np.int64)
+        for latents, both in blocks:
+            pulse()
+            self._add(latents, both)
 
-    def add(self, latents: np.ndarray, both: Csr) -> None:
+    def _add(self, latents: np.ndarray, both: Csr) -> None:
         inner, outer = np.repeat(latents, np.diff(both.indptr)), both.indices
-        inside = (both.data >= CONTAINED * self.fired[inner]) & (both.data <= LOOSE * self.fired[outer])
-        inside &= (self.fired[inner] >= self.least) & (LIFT * self.fired[inner] * self.fired[outer] <= both.data * self.n_samples)
-        found = np.stack([inner[inside], outer[inside], both.data[inside].astype(np.int64)], axis=1)
+        inside = both.data >= CONTAINED * self.fired[inner]
+        inner, outer, n_both = inner[inside], outer[inside], both.data[inside].astype(np.int64)
+        inside = (n_both <= LOOSE * self.fired[outer]) & (self.fired[inner] >= self.least)
+        inside &= LIFT * self.fired[inner] * self.fired[outer] <= n_both * self.n_samples
+        found = np.stack([inner, outer, n_both], axis=1)[inside]
         self.n += len(found)
         self.kept = np.concatenate([self.kept, found])
         self.kept = self.kept[np.lexsort((self.kept[:, 1], self.kept[:, 0], -self.kept[:, 2]))][:MOST]

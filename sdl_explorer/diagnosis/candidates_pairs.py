@@ -1,6 +1,6 @@
 """Pairs of latents whose decoder rows are near, and what their codes do together: sums over rows, a block of latents at a time."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -13,8 +13,8 @@ from sdl_explorer.diagnosis.cosines import CELLS, unit
 from sdl_explorer.diagnosis.observe import Accumulator, Rows, Stream
 from sdl_explorer.diagnosis.sparse import Csr, like
 
-MOST_CODES = 2**24  # codes that are kept; rows beyond are not read
-EVENTS = 2**22  # pairs of codes on one row, in a block
+MOST_CODES = 2**23  # codes that are kept; rows beyond are not read
+MOST_EVENTS, EVENTS = 2**28, 2**22  # pairs of codes on one row, that are counted at most, and in a block
 TWIN = 0.9  # cosine from which two rows are one feature's: duplicates, not parent and child
 
 
@@ -39,12 +39,16 @@ class Near(NamedTuple):
         for block in torch.arange(n, device=rows.device).split(max(1, CELLS // max(n, 1))):
             cosines = rows[block] @ rows.T
             cosines[torch.arange(len(block), device=rows.device), block] = 0
-            total += float(cosines.abs().sum(dtype=torch.float64))
-            cosines = torch.where(cosines < TWIN, cosines, 0)
-            close += int((cosines >= min_cosine).sum())
-            top, at = cosines.topk(min(near, n), dim=1)
-            line, place = (top >= min_cosine).nonzero(as_tuple=True)
-            found.append(tuple(part.cpu().numpy() for part in (live[block[line]], live[at[line, place]], top[line, place])))
+            total += float(cosines.abs().sum(dim=1).double().sum())
+            kept = (cosines >= min_cosine) & (cosines < TWIN)
+            n_kept = kept.sum(dim=1)
+            close += int(n_kept.sum())
+            many = (n_kept > near).nonzero()[:, 0]
+            if len(many):
+                nearest = torch.where(kept[many], cosines[many], 0).topk(near, dim=1).indices
+                kept[many] = torch.zeros_like(kept[many]).scatter_(1, nearest, True)
+            line, place = kept.nonzero(as_tuple=True)
+            found.append(tuple(part.cpu().numpy() for part in (live[block[line]], live[place], cosines[line, place])))
         i, j, cosine = (np.concatenate(parts) for parts in zip(*found, strict=True)) if found else (np.empty(0, int),) * 3
         keys = np.concatenate([i, j]) * len(W_dec) + np.concatenate([j, i])
         keys, first = np.unique(keys, return_index=True)
@@ -81,6 +85,7 @@ class Codes(Accumulator):
         self.unit = unit(dictionary.W_dec)
         self.n, self.full, self.held = 0, False, 0
         self.parts: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+        self.made: Csr | None = None
         self.other = self.square = 0.0
 
     def add(self, rows: Rows) -> None:
@@ -114,48 +119,49 @@ class Codes(Accumulator):
         return self.other / self.square if self.square > 0 else 0.0
 
     def matrix(self) -> Csr:
-        """(n_latents, n), in double precision; each latent's rows in order."""
-        latent, row, value = (np.concatenate(parts) for parts in zip(*self.parts, strict=True))
-        self.parts = [(latent, row, value)]
-        return _ordered(csr_array((value.astype(np.float64), (latent, row)), shape=(len(self.norms), self.n)))
+        """(n_latents, n), each latent's rows in order."""
+        if self.made is None:
+            latent, row, value = (np.concatenate(parts) for parts in zip(*self.parts, strict=True))
+            self.parts = []
+            self.made = csr_array((value, (latent, row)), shape=(len(self.norms), self.n))
+            self.made.sort_indices()
+        return self.made
 
 
-def sums_of(codes: Csr, near: Near, seen: Callable[[np.ndarray, Csr], None]) -> Together:
-    """The sums at the pairs. `seen(latents, both)` is shown each block's counts, a CSR matrix (b, n_latents), before they are let go."""
-    parts = [np.zeros(len(near.i)) for _ in range(4)]
-    for latents, first, second in _products(codes):
-        span = slice(*np.searchsorted(near.i, [latents[0], latents[-1] + 1]))
-        place = near.i[span] - latents[0], near.j[span]
-        one, two = _at(first, *place), _at(second, *place)
-        for sums, values in zip(parts, (np.real(one), np.imag(two), np.real(two), np.imag(one)), strict=True):
-            sums[span] = values
-        seen(latents, like(first, first.data.real))
-    return Together(*parts)
+def sums_of(codes: Csr, near: Near) -> Together:
+    """The sums at the pairs, in double precision, all pairs of one latent at a time."""
+    sums = np.zeros((4, len(near.i)))
+    mine = np.zeros(codes.shape[1])
+    spans = [slice(start, stop) for start, stop in zip(codes.indptr[:-1], codes.indptr[1:], strict=True)]
+    latents, starts = np.unique(near.i, return_index=True)
+    for latent, start, stop in zip(latents, starts, [*starts[1:], len(near.i)], strict=False):
+        pairs = slice(start, stop)
+        rows = spans[latent]
+        mine[codes.indices[rows]] = codes.data[rows]
+        others = [spans[j] for j in near.j[pairs]]
+        z_i = mine[np.concatenate([codes.indices[span] for span in others])]
+        z_j = np.concatenate([codes.data[span] for span in others]).astype(np.float64)
+        first = np.cumsum([0, *(span.stop - span.start for span in others[:-1])])
+        both = z_i > 0
+        for k, values in enumerate((both, z_i * z_j, z_i, np.where(both, z_j, 0) ** 2)):
+            sums[k, pairs] = np.add.reduceat(values, first, dtype=np.float64)  # live latents fire: no part is empty
+        mine[codes.indices[rows]] = 0
+    return Together(*sums)
 
 
-def _products(codes: Csr) -> Iterator[tuple[np.ndarray, Csr, Csr]]:
-    """Two sums in one product: counts and z_j^2 beside each other for the codes that fire, z_i and z_i z_j for their values."""
-    by_row = _ordered(codes.T)
-    events = codes.astype(bool) @ np.diff(by_row.indptr)
-    squares, values = like(by_row, 1 + 1j * by_row.data**2), like(by_row, 1 + 1j * by_row.data)
-    for latents in np.split(np.arange(codes.shape[0]), np.flatnonzero(np.diff((events.cumsum() - 1) // EVENTS)) + 1):
-        mine = csr_array(codes[latents])
-        yield latents, _ordered(like(mine, np.ones_like(mine.data)) @ squares), _ordered(mine @ values)
+def together(codes: Csr) -> tuple[int, Iterator[tuple[np.ndarray, Csr]]]:
+    """On how many rows all latents are counted together, and (latents, counts (b, n_latents)), a block of latents at a time.
+
+    As many rows as give MOST_EVENTS pairs of codes, from the first on.
+    """
+    per_row = np.bincount(codes.indices, minlength=codes.shape[1]).astype(np.int64)
+    n = int(np.searchsorted(np.cumsum(per_row**2), MOST_EVENTS, side="right"))
+    fires = codes[:, :n].astype(bool).astype(np.float32) if n < codes.shape[1] else like(codes, np.ones_like(codes.data))
+    return n, _counts(csr_array(fires), per_row[:n])
 
 
-def _ordered(matrix) -> Csr:
-    matrix = csr_array(matrix)
-    matrix.sort_indices()
-    return matrix
-
-
-def _at(matrix: Csr, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
-    """Entries of a matrix with sorted indices, 0 where none is stored."""
-    keys = np.repeat(np.arange(matrix.shape[0], dtype=np.int64), np.diff(matrix.indptr)) * matrix.shape[1] + matrix.indices
-    wanted = rows.astype(np.int64) * matrix.shape[1] + columns
-    place = np.searchsorted(keys, wanted)
-    found = place < len(keys)
-    found[found] = keys[place[found]] == wanted[found]
-    values = np.zeros(len(wanted), dtype=matrix.data.dtype)
-    values[found] = matrix.data[place[found]]
-    return values
+def _counts(fires: Csr, per_row: np.ndarray) -> Iterator[tuple[np.ndarray, Csr]]:
+    by_row = csr_array(fires.T)
+    block = ((fires @ per_row).cumsum() - 1) // EVENTS
+    for latents in np.split(np.arange(fires.shape[0]), np.flatnonzero(np.diff(block)) + 1):
+        yield latents, csr_array(fires[latents] @ by_row)
