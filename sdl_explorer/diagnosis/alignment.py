@@ -126,6 +126,7 @@ class _Aligner(Accumulator):
         self.moments = stream.share(Moments)
         self.matcher = Matcher(len(self.features.names), dictionary.n_latents, dictionary.device) if match else None
         self.rows_done = self._search_rows()
+        self.matched = self._matched()  # now: it needs the weights alone, and a large matrix goes before the rows come
         self.detector = torch.as_tensor(self.rows_done["decoder"].latent, device=dictionary.device)
         shape = (3, len(self.features.names))
         self.both, self.detected, self.active = torch.zeros(shape, dtype=torch.int64, device=dictionary.device)
@@ -143,7 +144,7 @@ class _Aligner(Accumulator):
 
     def result(self) -> Alignment:
         response, response_feature, response_cosine = self._search_responses()
-        matching, matching_cosine, mcc = self._matched()
+        matching, matching_cosine, mcc, note = self.matched
         f1 = self._f1()
         within_feature, within_latent = self._within_blocks()
         n_features, n_latents = len(self.features.names), self.stream.dictionary.n_latents
@@ -161,7 +162,7 @@ class _Aligner(Accumulator):
             ),
             matching=matching,
             matching_cosine=matching_cosine,
-            matching_note=self.matcher.note if self.matcher else "matching was not asked for",
+            matching_note=note,
             mcc=mcc,
             f1=_mean(f1[~np.isnan(f1)]),
             feature_f1=f1,
@@ -220,14 +221,16 @@ class _Aligner(Accumulator):
                 by_latent[side, b] = row_cosines(rows, directions, chosen)
         return by_feature, by_latent
 
-    def _matched(self) -> tuple[np.ndarray, np.ndarray, float]:
-        if self.matcher is None:
+    def _matched(self) -> tuple[np.ndarray, np.ndarray, float, str]:
+        """Each feature's latent and cosine, mcc, and how it was found."""
+        matcher, self.matcher = self.matcher, None
+        if matcher is None:
             n = len(self.features.names)
-            return np.full(n, -1, dtype=np.int64), np.zeros(n, dtype=np.float32), float("nan")
-        matching, cosine = self.matcher.solve()
+            return np.full(n, -1, dtype=np.int64), np.zeros(n, dtype=np.float32), float("nan"), "matching was not asked for"
+        matching, cosine = matcher.solve()
         self.stream.pulse()
-        _, absolute = self.matcher.solve(signed=False)
-        return matching, cosine, float(absolute.sum() / min(self.matcher.shape))
+        _, absolute = matcher.solve(signed=False)
+        return matching, cosine, float(absolute.sum() / min(matcher.shape)), matcher.note
 
     def _f1(self) -> np.ndarray:
         """2 TP / (2 TP + FP + FN) per feature, 0 where neither ever happens, NaN without codes."""

@@ -206,8 +206,9 @@ class _Tracer(Accumulator):
         drive_ik = sum over the latent's firing rows of relu(codes_k <W_enc_i, w_p^k>);  p_k = drive_ik / sum_k drive_ik
         """
         together = self.cofiring.result()
-        drive = np.maximum(overlaps(self.stream.dictionary.W_enc, self.features.inputs, together.total), 0) * together.total.data
-        drive, count = only(like(together.total, drive.astype(np.float64)), drive > 0), only(together.count, drive > 0)
+        drive = overlaps(self.stream.dictionary.W_enc, self.features.inputs, together.total)
+        kept = np.multiply(np.maximum(drive, 0, out=drive), together.total.data, out=drive) > 0
+        drive, count = only(like(together.total, drive), kept), only(together.count, kept)
         context = like(count, (count.data / together.active[count.indices]).astype(np.float32))
         known = row_sums(drive)
         other = np.zeros_like(known) if self.unknown is None else self.unknown.result()[1]

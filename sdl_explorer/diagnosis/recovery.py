@@ -11,7 +11,7 @@ from sdl_explorer.diagnosis.cofiring import CoFiring, Together, true_codes, true
 from sdl_explorer.diagnosis.cosines import cosines_of, latent_blocks
 from sdl_explorer.diagnosis.matching import Matcher
 from sdl_explorer.diagnosis.observe import Accumulator, Rows, Stream, encoded, finding, observe
-from sdl_explorer.diagnosis.sparse import row_of
+from sdl_explorer.diagnosis.sparse import CELLS, row_of
 from sdl_explorer.models.dictionary import SparseDictionary
 
 MERGED = 0.5  # signed cosine of a decoder row with two features that it may have merged: equal parts of two give 0.71, of four 0.5
@@ -111,6 +111,7 @@ class _Scorer(Accumulator):
         self.complete = stream.activations.truth is None or stream.activations.truth.complete
         self.matcher = Matcher(len(self.features.names), dictionary.n_latents, dictionary.device) if match else None
         self._compare()
+        self.matched = self._match()  # now: it needs the weights alone, and a large matrix goes before the rows come
         self.product, self.square = torch.zeros(2, dictionary.n_latents, dtype=torch.float64)
         self.error = self.variance = self.ratio = 0.0
         self.n_ratio = 0
@@ -136,6 +137,13 @@ class _Scorer(Accumulator):
                 self.matcher.add(cosines, latents)
             self.stream.pulse()
 
+    def _match(self) -> tuple[np.ndarray, np.ndarray, str]:
+        """Each feature's latent and |cosine|, and how it was found."""
+        matcher, self.matcher = self.matcher, None
+        if matcher is None:
+            return *_no_matching(len(self.features.names)), "matching was not asked for"
+        return *matcher.solve(signed=False), matcher.note
+
     def add(self, rows: Rows) -> None:
         latent, row, value = (part.cpu() for part in rows.entries)
         codes = self.codes[rows.start : rows.start + rows.n].cpu()
@@ -155,7 +163,7 @@ class _Scorer(Accumulator):
         n, fired, active = together.n, together.fired, together.active[feature]
         both = np.asarray(together.count[np.arange(len(feature)), feature]).ravel().astype(np.float64)
         classifier, classifier_f1 = _best_classifiers(together)
-        matching, matching_cosine = self.matcher.solve(signed=False) if self.matcher else _no_matching(len(self.features.names))
+        matching, matching_cosine, note = self.matched
         norms = dictionary.W_dec.norm(dim=1).cpu().double() / dictionary.target_scale
         return Recovery(
             n_samples=n,
@@ -172,7 +180,7 @@ class _Scorer(Accumulator):
             silent=fired == 0,
             matching=matching,
             matching_cosine=matching_cosine,
-            matching_note=self.matcher.note if self.matcher else "matching was not asked for",
+            matching_note=note,
             best_latent=self.best_latent.numpy(),
             best_cosine=self.best_cosine.numpy(),
             n_latents_above=self.above.numpy(),
@@ -237,12 +245,16 @@ def score_recovery(dictionary: SparseDictionary, activations: Activations, tau: 
 
 def _best_classifiers(together: Together) -> tuple[np.ndarray, np.ndarray]:
     """The latent with the largest F1 for each feature, the first of equal ones; -1 and 0 where none fires with it."""
-    latent, feature = row_of(together.count), together.count.indices
-    f1 = 2 * together.count.data / (together.fired[latent] + together.active[feature])
     best, score = np.full(len(together.active), -1, dtype=np.int64), np.zeros(len(together.active))
-    np.maximum.at(score, feature, f1)
-    at = np.flatnonzero(f1 == score[feature])[::-1]  # the last one written, the first latent, stays
-    best[feature[at]] = latent[at]
+    latents = row_of(together.count)
+    for start in range(0, len(latents), CELLS):
+        span = slice(start, start + CELLS)
+        latent, feature = latents[span], together.count.indices[span]
+        f1 = 2 * together.count.data[span] / (together.fired[latent] + together.active[feature])
+        before = score.copy()
+        np.maximum.at(score, feature, f1)
+        at = np.flatnonzero((f1 == score[feature]) & (f1 > before[feature]))[::-1]  # the last one written, the first latent, stays
+        best[feature[at]] = latent[at]
     return best, score
 
 
