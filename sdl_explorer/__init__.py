@@ -17,6 +17,7 @@ _HOMES = {
     "sdl_explorer.data.spikes": ("SpikeIn",),
     "sdl_explorer.data.store": ("Stored",),
     "sdl_explorer.data.capture": ("capture",),
+    "sdl_explorer.data.wordnet": ("read_nouns",),
     "sdl_explorer.models.dictionary": ("SparseDictionary",),
     "sdl_explorer.models.methods": (
         "BatchTopK",
@@ -49,6 +50,7 @@ _HOMES = {
     "sdl_explorer.diagnosis.groups": ("trace_groups",),
     "sdl_explorer.diagnosis.pairs": ("count_pairs",),
     "sdl_explorer.diagnosis.patterns": ("trace_patterns",),
+    "sdl_explorer.diagnosis.probes": ("score_absorption",),
     "sdl_explorer.diagnosis.realisable": ("realise",),
     "sdl_explorer.diagnosis.recovery": ("score_recovery",),
     "sdl_explorer.diagnosis.spiked": ("precision_on_spikes",),
