@@ -50,7 +50,7 @@ def distinct(*shape, seed=0):
 def random_dictionary(nonlinearity, d_in=10, d_out=10, n_latents=96, dtype=torch.float32, **kwargs) -> SparseDictionary:
     g = torch.Generator().manual_seed(0)
     draw = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64).to(dtype)
-    W_dec = normalize(draw(n_latents, d_out), dim=1)
+    W_dec = torch.linspace(0.5, 2, n_latents, dtype=dtype)[:, None] * normalize(draw(n_latents, d_out), dim=1)
     return SparseDictionary(draw(n_latents, d_in), W_dec, 0.1 * draw(n_latents), 0.1 * draw(d_out), nonlinearity, **kwargs).train()
 
 
@@ -116,8 +116,14 @@ def test_the_path_is_a_rule_of_sizes():
 # loss and gradients ---------------------------------------------------------------------------------------------------
 
 SHAPES = {"SAE": (10, 10, {}), "pre-bias": (10, 10, {"subtract_b_dec": True}), "transcoder": (10, 6, {}), "crosscoder": (15, 15, {})}
-METHODS = {"TopK": TopK(k=3), "BatchTopK": BatchTopK(k=3), "ReLU": ReLU(), "JumpReLU": JumpReLU(bandwidth=2.0, threshold=1.5)}
-SELECTING = ("TopK", "BatchTopK")
+METHODS = {
+    "TopK": TopK(k=3),
+    "BatchTopK": BatchTopK(k=3),
+    "BatchTopK by contribution": BatchTopK(k=3, by="contribution"),
+    "ReLU": ReLU(),
+    "JumpReLU": JumpReLU(bandwidth=2.0, threshold=1.5),
+}
+SELECTING = ("TopK", "BatchTopK", "BatchTopK by contribution")
 
 
 def loss_and_gradients(name, shape, x, y, device="cpu"):

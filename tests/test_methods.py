@@ -1,5 +1,7 @@
 """Every method by reflection, each against its formula, and four that only this file has: the contract carries them."""
 
+from copy import deepcopy
+
 import param
 import pytest
 import torch
@@ -191,12 +193,58 @@ def test_batch_topk_threshold_is_the_running_mean_of_the_smallest_kept_value():
     with torch.no_grad():
         method.after_step(dictionary, dictionary(torch.zeros(4, D_IN) - 1e9 * dictionary.W_enc.sum(0)), context())
         before = sigma.threshold.clone()
-        sigma.average(torch.zeros(4, N_LATENTS), 0.5)
+        sigma.average(Latents(torch.zeros(4, N_LATENTS)), dictionary, 0.5)
     assert torch.equal(sigma.threshold, before), "a batch in which nothing fires says nothing about the threshold"
 
     dictionary.eval()
     pre = dictionary.pre(x := torch.randn(50, D_IN)).relu()
     torch.testing.assert_close(dictionary.encode(x).dense(), torch.where(pre > sigma.threshold, pre, 0.0))
+
+
+def test_contributions_compete_whatever_the_lengths_of_the_two_rows():
+    """z_i |W_dec_i| is what a latent writes: stretching W_enc_i and b_enc_i by s_i and shrinking W_dec_i by it changes nothing."""
+    method = BatchTopK(k=2, by="contribution", unit_norm=False)
+    plain = built(method)
+    stretched = deepcopy(plain)
+    s = torch.linspace(0.2, 5, N_LATENTS)
+    with torch.no_grad():
+        stretched.W_enc.mul_(s[:, None]), stretched.b_enc.mul_(s), stretched.W_dec.div_(s[:, None])
+    for n in range(3):
+        x = torch.randn(16, D_IN) * (n + 1)
+        encodings = [dictionary(x) for dictionary in (plain, stretched)]
+        torch.testing.assert_close(encodings[0].reconstruction, encodings[1].reconstruction)
+        for dictionary, encoding in zip((plain, stretched), encodings, strict=True):
+            with torch.no_grad():
+                method.after_step(dictionary, encoding, context())
+    torch.testing.assert_close(stretched.nonlinearity.threshold, s * plain.nonlinearity.threshold)
+    x = torch.randn(50, D_IN)
+    found = [dictionary.eval()(x) for dictionary in (plain, stretched)]
+    torch.testing.assert_close(found[0].reconstruction, found[1].reconstruction)
+    assert 0 < found[0].latents.l0 == found[1].latents.l0 < N_LATENTS / 2
+
+
+def test_with_unit_rows_contributions_are_codes():
+    x = torch.randn(32, D_IN)
+    found = []
+    for by in ("code", "contribution"):
+        method = BatchTopK(k=2, by=by)
+        dictionary = built(method)
+        encoding = dictionary(x)
+        with torch.no_grad():
+            dictionary.W_dec.copy_(torch.nn.functional.normalize(dictionary.W_dec, dim=1))
+            method.after_step(dictionary, dictionary(x), context())
+        found.append((dictionary(x).latents.dense(), dictionary.eval()(x).latents.dense()))
+        assert encoding.reconstruction.isfinite().all()
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_rows_start_at_the_norm_that_is_asked_for():
+    dictionary = TopK(k=2, unit_norm=False, init_norm=0.1).build(D_IN, D_OUT, N_LATENTS, torch.Generator().manual_seed(0))
+    for rows in (dictionary.W_enc, dictionary.W_dec):
+        torch.testing.assert_close(rows.norm(dim=1), torch.full((N_LATENTS,), 0.1))
+    with pytest.raises(ValueError, match=r"init_norm is 0\.1 and unit_norm"):
+        TopK(k=2, init_norm=0.1).build(D_IN, D_OUT, N_LATENTS, torch.Generator())
 
 
 # JumpReLU ------------------------------------------------------------------------------------------------------------

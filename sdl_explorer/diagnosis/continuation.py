@@ -67,6 +67,8 @@ def continued_method(dictionary: SparseDictionary, activations: Activations) -> 
     shared: dict[str, Any] = {"unit_norm": unit_norm, "tie": "tied" if dictionary.tied else "untied"}
     if isinstance(sigma, TopKSelection):
         return TopK(k=sigma.k, **shared)
+    if isinstance(sigma, BatchTopKSelection):
+        shared["by"] = "contribution" if sigma.by_contribution else "code"
     if isinstance(sigma, NestedSelection):
         return Matryoshka(k=sigma.k, prefixes=list(sigma.widths[:-1]), **shared)
     if isinstance(sigma, BatchTopKSelection):

@@ -102,9 +102,12 @@ def _largest_rows(exact: Exact, rows: slice, upper: Tensor, k: int) -> tuple[Ten
 
 @torch.no_grad()
 @torch.autocast("cpu", enabled=False)
-def select_batch(inputs: Float[Tensor, "n d_in"], dictionary: SparseDictionary, count: int) -> tuple[Tensor, Tensor]:
-    """(values, flat indices), both (count,): the `count` largest pre-activations of the whole batch, by index."""
-    exact = Exact.of(inputs, dictionary)
+def select_batch(
+    inputs: Float[Tensor, "n d_in"], dictionary: SparseDictionary, count: int, gain: Float[Tensor, " m"] | None = None
+) -> tuple[Tensor, Tensor]:
+    """(values, flat indices), both (count,): the `count` largest pre-activations of the whole batch, each times its latent's
+    gain where there is one, by index."""
+    exact = Exact.of(inputs, dictionary, gain)
     if in_mixed_precision(inputs):
         _, where = _largest_of_tiles(Rounded(exact), count)
         return exact.where(where), where
@@ -280,9 +283,13 @@ def top_rows(inputs: Float[Tensor, "n d_in"], dictionary: SparseDictionary, k: i
     return _latents(inputs, dictionary, values.view(-1), Bags(indices.view(-1), offsets, dictionary.n_latents), _relu)
 
 
-def top_batch(inputs: Float[Tensor, "n d_in"], dictionary: SparseDictionary, count: int) -> Latents:
-    """ReLU of the `count` largest pre-activations of the batch."""
-    values, where = select_batch(inputs, dictionary, count)
+def top_batch(
+    inputs: Float[Tensor, "n d_in"], dictionary: SparseDictionary, count: int, gain: Float[Tensor, " m"] | None = None
+) -> Latents:
+    """ReLU of the `count` largest pre-activations of the batch; with `gain`, a positive number each, of those largest after it."""
+    values, where = select_batch(inputs, dictionary, count, gain)
+    if gain is not None:
+        values = values / gain[where % dictionary.n_latents]
     return _latents(inputs, dictionary, values, Bags.at(where, len(inputs), dictionary.n_latents), _relu)
 
 

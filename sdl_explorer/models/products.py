@@ -59,8 +59,10 @@ class Exact:
         self.n, self.m, self.device = len(x), len(W), x.device
 
     @classmethod
-    def of(cls, inputs: Float[Tensor, "n d_in"], dictionary: SparseDictionary) -> "Exact":
-        return cls(dictionary.centred(inputs), dictionary.W_enc.detach(), dictionary.b_enc.detach())
+    def of(cls, inputs: Float[Tensor, "n d_in"], dictionary: SparseDictionary, gain: Float[Tensor, " m"] | None = None) -> "Exact":
+        """Of raw inputs; with `gain`, latent i's are multiplied by gain_i."""
+        W, b = dictionary.W_enc.detach(), dictionary.b_enc.detach()
+        return cls(dictionary.centred(inputs), *((W, b) if gain is None else (W * gain[:, None], b * gain)))
 
     def rows(self, chosen: Tensor) -> "Exact":
         return Exact(self.x[chosen], self.W, self.b)

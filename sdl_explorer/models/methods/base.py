@@ -52,15 +52,22 @@ class Method(param.Parameterized):
     tuned: tuple[str, ...] = ()
 
     unit_norm = param.Boolean(False, doc="Keep decoder rows at norm 1 and project their gradient onto the sphere.")
+    init_norm = param.Number(
+        1.0,
+        bounds=(0, 10),
+        inclusive_bounds=(False, True),
+        doc="Norm of the rows at the start. Small rows turn fast, and grow.",
+    )
     tie = param.Selector(default="untied", objects=["untied", "tied", "soft"], doc="Encoder rows: free, the decoder's, or pulled there.")
     tie_weight = param.Number(0.1, bounds=(0, None), doc="Strength of the pull of a soft tie.")
 
     def build(self, d_in: int, d_out: int, n_latents: int, generator: Generator) -> SparseDictionary:
-        """Random unit decoder rows; the encoder starts as the decoder where both have one width, and is it where tied."""
+        """Random decoder rows of norm `init_norm`; the encoder starts as the decoder where both have one width, and is it where tied."""
         self.check(n_latents)
         self._check_widths(d_in, d_out)
-        W_dec = normalize(torch.randn(n_latents, d_out, generator=generator), dim=1)
-        W_enc = W_dec.clone() if d_in == d_out else normalize(torch.randn(n_latents, d_in, generator=generator), dim=1)
+        rows = lambda width: self.init_norm * normalize(torch.randn(n_latents, width, generator=generator), dim=1)
+        W_dec = rows(d_out)
+        W_enc = W_dec.clone() if d_in == d_out else rows(d_in)
         if self.tie == "tied":
             W_enc = W_dec = nn.Parameter(W_dec)
         return SparseDictionary(W_enc, W_dec, nonlinearity=self.nonlinearity(n_latents))
@@ -91,6 +98,11 @@ class Method(param.Parameterized):
         """Refuse settings that do not fit a dictionary of this size."""
         if n_latents < 1:
             raise ValueError(f"{type(self).__name__}: n_latents is {n_latents}; a dictionary needs at least one latent.")
+        if self.unit_norm and self.init_norm != 1:
+            raise ValueError(
+                f"{type(self).__name__}: init_norm is {self.init_norm:g} and unit_norm keeps decoder rows at norm 1. Set unit_norm=False, "
+                "or leave init_norm out."
+            )
 
     def nonlinearity(self, n_latents: int) -> Nonlinearity:
         raise TypeError(f"{type(self).__name__} has no nonlinearity(); a Method needs one.")

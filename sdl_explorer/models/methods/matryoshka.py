@@ -20,8 +20,8 @@ from sdl_explorer.models.terms import squared_error
 class NestedSelection(BatchTopKSelection):
     """BatchTopK of a dictionary whose prefixes are dictionaries too; it remembers their `widths`, the last one n_latents."""
 
-    def __init__(self, k: int, widths: list[int]):
-        super().__init__(k)
+    def __init__(self, k: int, widths: list[int], n_latents: int | None = None):
+        super().__init__(k, n_latents)
         self.widths = [int(width) for width in widths]
 
     def settings(self):
@@ -71,7 +71,7 @@ class Matryoshka(_Auxiliary, _BatchTop):
         return sorted(sizes | {n_latents})
 
     def nonlinearity(self, n_latents):
-        return NestedSelection(self.k, self.widths(n_latents))
+        return NestedSelection(self.k, self.widths(n_latents), n_latents if self.by == "contribution" else None)
 
     def retune(self, nonlinearity):
         super().retune(nonlinearity)

@@ -9,6 +9,8 @@ from sdl_explorer.models.kernels import above, pays, top_batch, top_rows
 from sdl_explorer.models.methods.base import Method
 from sdl_explorer.models.terms import squared_error
 
+TINY = 1e-12  # least norm that a contribution is divided by
+
 
 class TopKSelection(Nonlinearity):
     """Keep the k largest pre-activations of each row, then ReLU."""
@@ -34,43 +36,58 @@ class TopKSelection(Nonlinearity):
 
 class BatchTopKSelection(Nonlinearity):
     """Training: keep the k*n largest of the whole batch. Eval: keep z > threshold, the running mean over
-    batches of the smallest positive value kept."""
+    batches of the smallest positive value kept.
+
+    Without `n_latents` the values are z_i, and one threshold serves all latents. With it they are contributions
+    c_i = z_i |W_dec_i|, which do not depend on how a latent's length is shared between its two rows, and latent i has
+    the threshold of its own that comes of averaging (smallest c kept) / |W_dec_i|.
+    """
 
     masks_only = True
     threshold: Tensor
     n_averaged: Tensor
 
-    def __init__(self, k: int):
+    def __init__(self, k: int, n_latents: int | None = None):
         super().__init__()
         self.k = int(k)
-        self.register_buffer("threshold", torch.zeros(()))
+        self.by_contribution = n_latents is not None
+        self.register_buffer("threshold", torch.zeros(() if n_latents is None else int(n_latents)))
         self.register_buffer("n_averaged", torch.zeros((), dtype=torch.int64))
 
     def settings(self):
-        return {"k": self.k}
+        return {"k": self.k} | ({"n_latents": len(self.threshold)} if self.by_contribution else {})
+
+    def gain(self, dictionary) -> Tensor | None:
+        """What a code is multiplied by before it competes: |W_dec_i|, or None where codes compete as they are."""
+        return dictionary.W_dec.detach().norm(dim=1).clamp_min(TINY) if self.by_contribution else None
 
     def select(self, inputs: Tensor, dictionary) -> Latents | None:
         """What `forward` gives, where it is cheaper without pre-activations of size n x n_latents; otherwise None."""
         if not self.training:
-            return above(inputs, dictionary, self.threshold.clamp_min(0), lambda pre, _: pre.relu() * (pre > self.threshold))
+            bound = lambda latents: self.threshold[latents] if self.by_contribution else self.threshold
+            return above(inputs, dictionary, self.threshold.clamp_min(0), lambda pre, latents: pre.relu() * (pre > bound(latents)))
         count = self.k * len(inputs)
-        return top_batch(inputs, dictionary, count) if pays(len(inputs), dictionary, count) else None
+        return top_batch(inputs, dictionary, count, self.gain(dictionary)) if pays(len(inputs), dictionary, count) else None
 
     def forward(self, pre: Tensor, *, inputs, dictionary) -> Tensor:
         codes = pre.relu()
         if not self.training:
             return codes * (codes > self.threshold)
+        gain = self.gain(dictionary)
+        values = codes if gain is None else codes.detach() * gain
         n_kept = min(self.k * len(pre), codes.numel())
-        kept = codes.flatten().topk(n_kept, sorted=False).indices
+        kept = values.flatten().topk(n_kept, sorted=False).indices
         mask = torch.zeros(codes.numel(), dtype=torch.bool, device=codes.device).index_fill(0, kept, True)
         return codes * mask.view_as(codes)
 
     @torch.no_grad()
-    def average(self, codes: Tensor, rate: float) -> None:
+    def average(self, latents: Latents, dictionary, rate: float) -> None:
         """Fold a batch's smallest positive value into the threshold; the first batch sets it."""
-        smallest = torch.where(codes > 0, codes, torch.inf).amin()
+        gain, codes = self.gain(dictionary), latents.values.detach()
+        values = codes if gain is None else codes * (gain[latents.layout[0]] if latents.is_sparse else gain)
+        smallest = torch.where(values > 0, values, torch.inf).amin()
         share = torch.where(self.n_averaged == 0, 1.0, rate)
-        moved = self.threshold + share * (smallest - self.threshold)
+        moved = self.threshold + share * ((smallest if gain is None else smallest / gain) - self.threshold)
         self.threshold.copy_(torch.where(smallest.isfinite(), moved, self.threshold))
         self.n_averaged += smallest.isfinite()
 
@@ -110,13 +127,18 @@ class _BatchTop(_Top):
     __abstract = True
 
     threshold_rate = param.Number(0.01, bounds=(0, 1), doc="Weight of a new batch in the running threshold.")
+    by = param.Selector(
+        default="code",
+        objects=["code", "contribution"],
+        doc="What competes for the k places of a row: codes z_i, or contributions z_i |W_dec_i|. With unit decoder rows they are one.",
+    )
 
     def nonlinearity(self, n_latents):
-        return BatchTopKSelection(self.k)
+        return BatchTopKSelection(self.k, n_latents if self.by == "contribution" else None)
 
     def after_step(self, dictionary, encoding, context):
         super().after_step(dictionary, encoding, context)
-        dictionary.nonlinearity.average(encoding.latents.values.detach(), self.threshold_rate)
+        dictionary.nonlinearity.average(encoding.latents, dictionary, self.threshold_rate)
 
 
 class TopK(_RowTop):
