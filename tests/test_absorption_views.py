@@ -263,8 +263,8 @@ def test_flat_data_have_no_tab_and_the_page_alone_says_why():
     with Session(LinearBench(n_features=8, d_in=6), TopK(k=2), n_latents=12) as session:
         explorer = Explorer(session)
         frame = explorer.__panel__()
-        assert frame.tabs.options == ["Overview", "Alignment", "Latents", "Intervene", "Compare"]
-        frame._key("page 5")
+        assert frame.tabs.options == ["Overview", "Alignment", "Latents", "Intervene", "Landscape", "Compare"]
+        frame._key("page 6")
         assert explorer.state.page == "Compare"
         sheet = explorer.absorption()
         sheet.__panel__()

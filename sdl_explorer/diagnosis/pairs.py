@@ -49,6 +49,8 @@ class _Counter(Accumulator):
     def _start(self, latents: torch.Tensor) -> None:
         m = len(latents)
         self.latents, self.total = latents, torch.zeros(m, dtype=torch.float64)
+        self.place = torch.full((self.stream.dictionary.n_latents,), -1, device=latents.device)
+        self.place[latents] = torch.arange(m, device=latents.device)
         self.both = torch.zeros((m, m) if m <= MOST else (0, 0), dtype=torch.int64)
 
     def add(self, rows: Rows) -> None:
@@ -56,10 +58,13 @@ class _Counter(Accumulator):
         self._count(rows)
 
     def _count(self, rows: Rows) -> None:
-        codes = rows.codes[:, self.latents]
-        self.total += codes.sum(dim=0, dtype=torch.float64).cpu()
-        if len(self.latents) <= MOST:
-            fires = (codes > 0).float()
+        latent, row, value = rows.entries
+        place = self.place[latent]
+        kept = place >= 0
+        place, row, m = place[kept], row[kept], len(self.latents)
+        self.total += torch.bincount(place, weights=value[kept].double(), minlength=m).cpu()
+        if m <= MOST:
+            fires = torch.zeros(rows.n, m, device=row.device).index_put_((row, place), torch.ones((), device=row.device))
             self.both += (fires.T @ fires).cpu().long()
 
     def result(self) -> Pairs:
