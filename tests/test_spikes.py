@@ -24,7 +24,9 @@ from sdl_explorer import (
 from sdl_explorer.app.facts import describe_data
 from sdl_explorer.data.activations import Activations
 from sdl_explorer.data.sources import PARTS
+from sdl_explorer.diagnosis.meanings import suspect_polysemantic
 from sdl_explorer.diagnosis.observe import Accumulator, finding, observe
+from sdl_explorer.diagnosis.redundancy import find_redundant
 from sdl_explorer.diagnosis.spiked import judge_of
 
 ROWS = torch.randn(600, 12, generator=Generator().manual_seed(1)) @ torch.randn(12, 12, generator=Generator().manual_seed(2)) + 3
@@ -407,3 +409,16 @@ def test_a_detector_can_say_it_in_its_own_pass(spiked, rows):
 
     assert detect(planted(spiked), rows) == precision_on_spikes(planted(spiked), rows, [2])
     assert detect(planted(spiked), Activations(rows.inputs, rows.inputs)) is None
+
+
+@pytest.mark.parametrize("order", [list(range(9)), [8, 2, 5, 0, 7, 1, 4, 6, 3]])
+def test_findings_without_truth_say_how_right_they_are_on_spikes(spiked, rows, order):
+    dictionary, bare = permuted(planted(spiked), order), Activations(rows.inputs, rows.inputs)
+    same = find_redundant(dictionary, rows)
+    assert [sorted(order[i] for i in group) for group in same.clusters] == [[4, 5]]
+    assert (same.on_spikes.hits, same.on_spikes.n) == (1, 1) and "duplicates: precision on spike-ins here: 1.00" in repr(same)
+    poly = suspect_polysemantic(dictionary, rows)
+    assert poly.on_spikes == precision_on_spikes(dictionary, rows, np.flatnonzero(poly.candidate), "polysemantic")
+    assert poly.candidate[order.index(2)] and poly.on_spikes.hits == 1 and "precision on spike-ins here" in poly.reading
+    for found, unspiked in ((same, find_redundant(dictionary, bare)), (poly, suspect_polysemantic(dictionary, bare))):
+        assert unspiked.on_spikes is None and "spike" not in repr(unspiked) and found.coherence == unspiked.coherence

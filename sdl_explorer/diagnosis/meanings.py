@@ -1,6 +1,6 @@
 """Candidates for polysemanticity, without ground truth: does one latent fire on rows of two kinds?"""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -14,6 +14,7 @@ from sdl_explorer.diagnosis.examples import Reservoir
 from sdl_explorer.diagnosis.modes import cut_in_two, of_one_meaning
 from sdl_explorer.diagnosis.observe import Accumulator, Moments, Rows, Stream, finding, observe
 from sdl_explorer.diagnosis.scores import DetectorScore, detector_scores, mean_coherence
+from sdl_explorer.diagnosis.spiked import OnSpikes, judge_of
 from sdl_explorer.models.dictionary import SparseDictionary
 
 FEWEST = 10  # firing rows below which a latent is not judged
@@ -27,8 +28,8 @@ class Polysemanticity:
     score       modes - 1, in [0, 1]: 0 for firing rows of one kind, 1 for two equal halves that have nothing in common
     candidate   score at the threshold or above, and above `null`; a candidate, since no truth was seen
     judged      latents that fired on 10 rows or more
-    null        the score of a latent of one meaning with these magnitudes on this background: its own shifts along their mean, and random
-                rows in all other directions; 0 below the threshold, where it is not needed
+    null        the score of a latent of one meaning with these codes on this background: shifts along their mean in proportion to the
+                codes, and random rows in all other directions; 0 below the threshold, where it is not needed
     smaller     share of the rows that are of the rarer kind;  mode_cosine  cosine between the two kinds' mean shifts
     partners    (n_latents, 2) the other live latents whose decoder rows are nearest the mean shift of each kind, the rarer one second,
                 and partner_cosine; for candidates
@@ -37,6 +38,7 @@ class Polysemanticity:
     rows, kind  (n_latents, n_rows) the rows that were looked at, drawn with chances that grow with the activation, -1 where fewer
                 fired; and of which kind each is: 0, 1 (the rarer), -1 for none
     coherence   mean |cos| over pairs of live decoder rows: the regime that decides what the score is worth
+    on_spikes   how often candidates are right in these rows, among latents that stand for spike-ins; None where there are none
     """
 
     n_samples: int
@@ -55,6 +57,7 @@ class Polysemanticity:
     decoder_response: Float[np.ndarray, " n_latents"]
     rows: Int[np.ndarray, "n_latents n_rows"]
     kind: Int[np.ndarray, "n_latents n_rows"]
+    on_spikes: OnSpikes | None = None
 
     def __repr__(self) -> str:
         return f"Polysemanticity({self.reading})"
@@ -76,9 +79,10 @@ class Polysemanticity:
     def reading(self) -> str:
         """The finding in words; where the detector is not to be trusted it says so and names nobody."""
         seen = f"{int(self.judged.sum())} latents on {self.n_samples:,} rows, mean coherence {self.coherence:.2f}"
+        worth = str(self.worth) if self.on_spikes is None else f"{self.worth}; {self.on_spikes}"
         if not self.worth.confident:
-            return f"no claim about {seen}: {self.worth}"
-        return f"{int(self.candidate.sum())} polysemantic candidates of {seen}; {self.worth}"
+            return f"no claim about {seen}: {worth}"
+        return f"{int(self.candidate.sum())} polysemantic candidates of {seen}; {worth}"
 
     def rows_of(self, latent: int, kind: int) -> Int[np.ndarray, " m"]:
         """The rows of one kind, 0 or 1 (the rarer), that fire a latent: look at both."""
@@ -96,7 +100,7 @@ class _Suspect(Accumulator):
             raise ValueError(f"suspect_polysemantic: n_rows is {n_rows}; two kinds are not told apart on fewer than {FEWEST} rows.")
         device = stream.dictionary.device
         self.threshold, self.n_rows = threshold, n_rows
-        self.moments = stream.share(Moments)
+        self.moments, self.spikes = stream.share(Moments), judge_of(stream)
         self.reservoir = Reservoir(n_rows, stream.dictionary.n_latents, device)
         # one random number a row: with keys log(u) / z, rows are drawn in proportion to z (Efraimidis and Spirakis 2006)
         chance = torch.rand(stream.activations.n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
@@ -108,7 +112,7 @@ class _Suspect(Accumulator):
 
     def result(self) -> Polysemanticity:
         dictionary, moments = self.stream.dictionary, self.moments
-        rows, values = self.reservoir.arrays()
+        rows, codes = self.reservoir.arrays()
         n_latents, fires = len(rows), moments.count.numpy()
         judged = fires >= FEWEST
         found = {name: np.zeros(n_latents) for name in ("score", "null", "smaller", "mode_cosine")}
@@ -118,11 +122,11 @@ class _Suspect(Accumulator):
         width = max(self.stream.activations.inputs.shape[1], self.n_rows)
         for some in np.array_split(np.flatnonzero(judged), -(-int(judged.sum()) * self.n_rows * width // CELLS) or 1):
             if len(some):
-                for name, values in self._judge(some, rows[some], live).items():
+                for name, values in self._judge(some, rows[some], codes[some], live).items():
                     found[name][some] = values
                 self.stream.pulse()
         same = dictionary.d_in == dictionary.d_out
-        return Polysemanticity(
+        suspected = Polysemanticity(
             n_samples=moments.n,
             threshold=self.threshold,
             coherence=mean_coherence(dictionary.W_dec[live]),
@@ -132,10 +136,14 @@ class _Suspect(Accumulator):
             encoder_response=row_cosines(dictionary.W_enc.detach(), moments.input_moment),
             decoder_response=row_cosines(dictionary.W_dec.detach(), moments.target_moment),
             rows=rows,
+            on_spikes=None,
             **found,
         )
+        if self.spikes is None:
+            return suspected
+        return replace(suspected, on_spikes=self.spikes.judge(np.flatnonzero(suspected.candidate), "polysemantic"))
 
-    def _judge(self, latents: np.ndarray, rows: np.ndarray, live: Tensor) -> dict[str, np.ndarray]:
+    def _judge(self, latents: np.ndarray, rows: np.ndarray, codes: np.ndarray, live: Tensor) -> dict[str, np.ndarray]:
         device = self.stream.dictionary.device
         at = torch.as_tensor(rows, dtype=torch.int64, device=device)
         there = at >= 0
@@ -146,7 +154,8 @@ class _Suspect(Accumulator):
         high = (score >= self.threshold).nonzero()[:, 0]
         if len(high):
             random = self._shifts("inputs", self.chance.argsort()[: rows.shape[1]])  # the rows least likely to have been drawn
-            null[high] = cut_in_two(of_one_meaning(shifts[high], there[high], random), there[high]).modes - 1
+            single = of_one_meaning(shifts[high], there[high], torch.as_tensor(codes, device=device)[high], random)
+            null[high] = cut_in_two(single, there[high]).modes - 1
             high = high[score[high] > null[high]]
             same = self.stream.activations.targets is self.stream.activations.inputs
             written = shifts[high] if same else self._shifts("targets", at[high])

@@ -1,6 +1,6 @@
 """Which latents are spare? Duplicates, dead, unseen, dense and weak ones, and what each adds; without ground truth."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -17,6 +17,7 @@ from sdl_explorer.diagnosis.cosines import row_cosines
 from sdl_explorer.diagnosis.health import check_health
 from sdl_explorer.diagnosis.observe import Accumulator, Rows, Stream, finding, observe
 from sdl_explorer.diagnosis.scores import DetectorScore, detector_scores
+from sdl_explorer.diagnosis.spiked import OnSpikes, judge_of
 from sdl_explorer.models.dictionary import SparseDictionary
 
 MOST_ENTRIES = 2**22  # firings that are kept for the overlap of twins; rows beyond do not count in it
@@ -34,8 +35,10 @@ class Redundancy:
     twin_encoder   cosine of the two encoder rows;  twin_overlap  rows on which both fire, of those on which either does, among the first
                    `n_overlap` rows: near 1 they share a code, near 0 they take turns
     loss           mean |e + z_i w_i|^2 - mean |e|^2, e = x_r - recon: what removing it costs, other codes as they are; below 0 it does harm
-    explained      loss / mean |x_r - mean x_r|^2;  alone  the share of that variance which the latent explains by itself
+    explained      loss / mean |x_r - mean x_r|^2, above 1 for a dense latent that carries the mean;  alone  the share of that variance
+                   which the latent explains by itself
     coherence      mean |cos| over pairs of live decoder rows
+    on_spikes      how often two of a cluster are duplicates, among latents that stand for spike-ins; None where rows have none
     """
 
     n_samples: int
@@ -59,11 +62,13 @@ class Redundancy:
     loss: Float[np.ndarray, " n_latents"]
     explained: Float[np.ndarray, " n_latents"]
     alone: Float[np.ndarray, " n_latents"]
+    on_spikes: OnSpikes | None = None
 
     def __repr__(self) -> str:
         counts = {"dead": self.dead, "unseen": self.unseen, "dense": self.dense, "weak": self.weak, "duplicate": self.duplicate}
         said = ", ".join(f"{int(mask.sum())} {name}" for name, mask in counts.items())
-        return f"Redundancy({self.n_latents} latents on {self.n_samples:,} rows: {said} in {len(self.clusters)} clusters)"
+        spikes = "" if self.on_spikes is None else f"; duplicates: {self.on_spikes}"
+        return f"Redundancy({self.n_latents} latents on {self.n_samples:,} rows: {said} in {len(self.clusters)} clusters{spikes})"
 
     @property
     def n_latents(self) -> int:
@@ -105,6 +110,7 @@ class _Ledger(Accumulator):
         if weak_share < 0:
             raise ValueError(f"find_redundant: weak_share is {weak_share}; it is a share of the mean loss, at least 0.")
         self.cosine, self.dense_rate, self.weak_share = cosine, dense_rate, weak_share
+        self.spikes = judge_of(stream)
         self.checkup = check_health.accumulator(stream, samples_since_fired=samples_since_fired, dead_after=dead_after)
         dictionary = stream.dictionary
         self.writes = dictionary.W_dec.detach().float() / dictionary.target_scale  # w_i, in units of the targets
@@ -138,7 +144,7 @@ class _Ledger(Accumulator):
         twins = nearest_others(dictionary.W_dec.detach(), torch.as_tensor(np.flatnonzero(live), device=dictionary.device), self.cosine)
         other = torch.as_tensor(np.maximum(twins.twin, 0), device=dictionary.device)
         reads = row_cosines(dictionary.W_enc.detach(), dictionary.W_enc.detach(), other)
-        return Redundancy(
+        found = Redundancy(
             n_samples=n,
             cosine=self.cosine,
             dense_rate=self.dense_rate,
@@ -161,6 +167,7 @@ class _Ledger(Accumulator):
             explained=loss * n / self.variance if self.variance > 0 else np.zeros_like(loss),
             alone=gained / self.variance if self.variance > 0 else np.zeros_like(gained),
         )
+        return found if self.spikes is None else replace(found, on_spikes=self.spikes.judge(found.clusters, "redundant"))
 
     def _overlap(self, twin: np.ndarray) -> np.ndarray:
         """|rows of both| / |rows of either| with the twin."""

@@ -74,7 +74,7 @@ class Similarity:
         self.alive = tuple(torch.as_tensor(side.count > 0) for side in codes)
         self.by, self.shape = by, (here.n_latents, there.n_latents)
         if by == "decoder":
-            rows = (unit(d.W_dec.detach()) for d in (here, there))
+            rows = (unit(d.W_dec.detach()).to(here.device) for d in (here, there))
             self.rows = [row * alive[:, None].to(row) for row, alive in zip(rows, self.alive, strict=True)]
         else:
             self.codes = [side.standardised(n) for side in codes]

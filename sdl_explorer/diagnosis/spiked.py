@@ -6,7 +6,7 @@ A detector says it in its own result, from the same pass:
     on_spikes = self.spikes and self.spikes.judge(candidates, "polysemantic")       # in result(); or "redundant", "absorbed"
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import combinations
@@ -202,7 +202,7 @@ def judge_of(stream: Stream) -> Judge | None:
 
 
 class _Scorer(Accumulator):
-    def __init__(self, stream: Stream, *, candidates: Sequence = (), claim="polysemantic"):
+    def __init__(self, stream: Stream, *, candidates: Iterable = (), claim="polysemantic"):
         super().__init__(stream)
         self.judge, self.candidates, self.claim = stream.share(Judge), candidates, claim
 
@@ -215,7 +215,7 @@ class _Scorer(Accumulator):
 
 @finding(_Scorer)
 def precision_on_spikes(
-    dictionary: SparseDictionary, activations: Activations, candidates: Sequence = (), claim: str = "polysemantic"
+    dictionary: SparseDictionary, activations: Activations, candidates: Iterable = (), claim: str = "polysemantic"
 ) -> OnSpikes:
     """How often a detector is right among the latents that stand for spikes (`SpikeIn`), in this dictionary and on these rows.
 
