@@ -11,11 +11,13 @@ import torch
 from sdl_explorer.data.activations import Activations
 from sdl_explorer.data.bench import linear_activations
 from sdl_explorer.diagnosis.absorption import find_absorption
+from sdl_explorer.diagnosis.candidates import suspect_absorption
 from sdl_explorer.diagnosis.edges import KINDS
 from sdl_explorer.models.dictionary import SparseDictionary
 from sdl_explorer.views import words
 from sdl_explorer.views.absorbers import causal_check, decomposition
 from sdl_explorer.views.absorption import MAX_EDGES, edge_table, holes, recalls, tree, worst_first
+from sdl_explorer.views.candidates import candidate_forest, candidate_pair
 from sdl_explorer.views.look import Look
 from sdl_explorer.views.theme import EDGES
 from tests.test_theme import BACKGROUND, MACHADO, THEMES, ciede2000, contrast, lab
@@ -195,6 +197,78 @@ def test_without_an_absorber_there_is_nothing_to_take_apart(card):
     assert holes.reading(clean, Look()).startswith("3 parent-child edges: 3 fine.")
 
 
+# without truth -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def suspected():
+    rows = family()
+    return suspect_absorption(absorbing(rows, (1, 3)), replace(rows, truth=None))
+
+
+def test_the_forest_of_candidates_says_candidate_everywhere(suspected):
+    look = Look()
+    marks = drawn(candidate_forest(suspected, look))[0]
+    assert marks["latent"].tolist() == candidate_forest.ids(suspected, look).tolist()
+    assert marks["latent"].tolist()[0] == 0 and set(marks["latent"].tolist()[1:3]) == {1, 3}
+    dashed = [p for p in candidate_forest(suspected, look).traverse(lambda e: e, [hv.Path]) if len(p)]
+    assert hv.Store.lookup_options("bokeh", dashed[0], "style").kwargs["line_dash"] == "dashed"
+    table = candidate_forest.table(suspected, look)
+    assert table["kind"].tolist()[:2] == ["candidate"] * 2 and table["attenuation"].tolist()[:2] == pytest.approx([0, 0], abs=1e-5)
+    said = candidate_forest.reading(suspected, look)
+    assert said.startswith("2 candidates. 6 pairs of near latents examined on 400 rows.") and "may have taken latent 0's place" in said
+    assert "absorbed" not in said
+
+
+def test_the_pair_follows_the_selected_latent_and_shows_three_numbers(suspected):
+    for child in (1, 3):
+        look = Look(primary_latent=child)
+        said = candidate_pair.reading(suspected, look)
+        assert f"latent {child} may have taken latent 0's place" in said and said.startswith("Candidate:")
+        assert "keeps 0.00 of its usual 1, and both write 1.00 of it (cosine 0.71)" in said
+        assert f"Latent 0 fires on 0% of latent {child}'s 100 rows" in said
+        child_rows = labelled(candidate_pair(suspected, look), "the child fires")
+        assert child_rows["child"] == pytest.approx(np.full(100, 2**0.5)) and child_rows["parent"] == pytest.approx(np.zeros(100))
+        table = candidate_pair.table(suspected, look)
+        assert (table["rows of"] == "the child").sum() == 100 and len(table) == 300
+    assert f"Candidate: latent {suspected.candidates[0].child} instead of latent 0" in str(
+        hv.Store.lookup_options("bokeh", candidate_pair(suspected, Look(primary_latent=2)), "plot").kwargs["title"]
+    )
+
+
+def test_the_containment_layer_is_grey_and_no_candidate(suspected):
+    rows = family()
+    half = replace(rows, inputs=rows.inputs * (torch.arange(N) % 8 < 4)[:, None], truth=None)
+    found = suspect_absorption(absorbing(rows, (3,)), replace(half, targets=half.inputs))
+    assert {(p.inner, p.outer) for p in found.contained} == {(1, 0), (2, 0)}
+    kinds = candidate_forest.table(found, Look()).set_index("latent")["kind"]
+    assert kinds[1] == kinds[2] == "fires inside it" and kinds[3] == "candidate"
+    title = hv.Store.lookup_options("bokeh", candidate_forest(found, Look()), "plot").kwargs["title"]
+    assert title == "1 candidate, 2 latents inside another"
+
+
+def test_without_a_candidate_and_where_latents_crowd_it_says_so(suspected):
+    rows = family()
+    clean = suspect_absorption(absorbing(rows, ()), rows)
+    for card in (candidate_forest, candidate_pair):
+        assert card.empty(clean, Look()).startswith(words.NO_CANDIDATES)
+        assert card.empty(None, Look()) == words.NOT_COMPUTED
+        assert len(card.table(clean, Look())) == 0 and card.reading(clean, Look()) == card.empty(clean, Look())
+    crowded = replace(suspected, crosstalk=0.4, coherence=0.3)
+    for card in (candidate_forest, candidate_pair):
+        assert words.crowded(0.4, 0.3) in card.reading(crowded, Look())
+    assert "Not reliable here" in hv.Store.lookup_options("bokeh", candidate_forest(crowded, Look()), "plot").kwargs["title"]
+
+
+def test_many_candidates_are_drawn_in_part_and_the_table_has_all():
+    rows = family(40)
+    found = suspect_absorption(absorbing(rows, range(1, 41)), rows, least=5)
+    assert len(found.candidates) == 40
+    title = hv.Store.lookup_options("bokeh", candidate_forest(found, Look()), "plot").kwargs["title"]
+    assert "40 candidates" in title and "20 and 0 drawn" in title
+    assert len(candidate_forest.table(found, Look())) == 40
+
+
 # colours -------------------------------------------------------------------------------------------------------------
 
 
@@ -232,10 +306,10 @@ def test_the_page_is_there_where_concepts_have_parents(explorer):
     assert explorer.desk.value(find_absorption) is None  # computed when the page is opened
     explorer.state.page = "Absorption"
     explorer.desk.settle()
-    assert [card.view.id for card in frame.shown.cards] == ["H1", "H2", "H3", "H4"]
+    assert [card.view.id for card in frame.shown.cards] == ["H1", "H2", "H3", "H4", "H5", "H6"]
     found = explorer.desk.value(find_absorption)
     assert found is explorer.session.find(find_absorption)
-    for card in frame.shown.cards:
+    for card in frame.shown.cards[:4]:
         assert (card.reading.text or card.words.text) == (
             card.view.empty(found, explorer.look()) or card.view.reading(found, explorer.look())
         )
@@ -252,26 +326,26 @@ def test_a_row_of_the_tree_is_a_selection(explorer):
     explorer.desk.settle()
     frame._key("T")
     explorer.desk.settle()
-    assert set(explorer.state.twins) == {"H1", "H2", "H3", "H4"}
+    assert set(explorer.state.twins) == {"H1", "H2", "H3", "H4", "H5", "H6"}
     explorer.desk.select(features=(2,))
     assert explorer.state.primary_feature == 2
 
 
-def test_flat_data_have_no_tab_and_the_page_alone_says_why():
-    from sdl_explorer import Explorer, LinearBench, Session, TopK
+def test_flat_data_and_data_without_truth_have_the_candidates():
+    from sdl_explorer import Explorer, LinearBench, Session, Stored, TopK
 
-    with Session(LinearBench(n_features=8, d_in=6), TopK(k=2), n_latents=12) as session:
-        explorer = Explorer(session)
-        frame = explorer.__panel__()
-        assert frame.tabs.options == ["Overview", "Alignment", "Latents", "Intervene", "Landscape", "Compare"]
-        frame._key("page 6")
-        assert explorer.state.page == "Compare"
-        sheet = explorer.absorption()
-        sheet.__panel__()
-        explorer.desk.settle()
-        alone = explorer.desk._displays[-1].page
-        assert {card.words.text for card in alone.cards} == {words.NO_FAMILIES}
-        explorer.state.page = "Absorption"  # a link that was shared
-        explorer.desk.settle()
-        assert "Absorption" in explorer.__panel__().tabs.options
-        explorer.close()
+    flat = LinearBench(n_features=8, d_in=6)
+    for source in (flat, Stored(flat.sample(400, torch.Generator().manual_seed(0)).inputs)):
+        with Session(source, TopK(k=2), n_latents=12) as session:
+            explorer = Explorer(session)
+            frame = explorer.__panel__()
+            explorer.state.page = "Absorption"
+            explorer.desk.settle()
+            assert [card.view.id for card in frame.shown.cards] == ["H5", "H6", "H1", "H2", "H3", "H4"]
+            assert [card._view.visible for card in frame.shown.cards] == [True, True, *[False] * 4]
+            found = explorer.desk.value(suspect_absorption)
+            assert (found is session.find(suspect_absorption) and explorer.desk.value(find_absorption) is None) or source is flat
+            for card in frame.shown.cards[:2]:
+                view, look = card.view, explorer.look()
+                assert (card.reading.text or card.words.text) == (view.empty(found, look) or view.reading(found, look))
+            explorer.close()

@@ -16,6 +16,7 @@ from sdl_explorer.data.activations import Activations, Examples, Truth
 from sdl_explorer.data.anchors import Anchors, Pins
 from sdl_explorer.diagnosis.absorption import find_absorption
 from sdl_explorer.diagnosis.alignment import align
+from sdl_explorer.diagnosis.candidates import suspect_absorption
 from sdl_explorer.diagnosis.causes import trace_causes
 from sdl_explorer.diagnosis.compare import Control
 from sdl_explorer.diagnosis.drift import measure_drift
@@ -98,6 +99,7 @@ def found():
         ),
         check_theory: check_theory(dictionary, rows, n_segments=1),
         find_absorption: find_absorption(absorbing, family),
+        suspect_absorption: suspect_absorption(absorbing, family, least=5),
         align: alignment,
         Before(align): align(worse, rows, pins=pins),
         check_health: health,

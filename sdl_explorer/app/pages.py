@@ -49,8 +49,19 @@ def _intervene(host):
     return [*forms, preview, Held(host), *cards(host, "intervene", leave_out=("R3",))]
 
 
+class FamilyCard(Card):
+    """A card about true parents and children; it is not there where nobody knows any."""
+
+    def refresh(self) -> None:
+        self._view.visible = self.host.has_families
+        if self._view.visible:
+            super().refresh()
+
+
 def _absorption(host):
-    return cards(host, "absorption")
+    of_truth = [FamilyCard(host, find_view(id)) for id in ("H1", "H2", "H3", "H4")]
+    suspected = cards(host, "absorption", leave_out=[card.view.id for card in of_truth])
+    return [*of_truth, *suspected] if host.has_families else [*suspected, *of_truth]
 
 
 def _landscape(host):

@@ -122,10 +122,14 @@ class Reader:
         return not self.has_truth if finding is trace_groups else self.has_truth or finding not in NEED_TRUTH
 
     @property
+    def has_families(self) -> bool:
+        """Whether the truth names parents and children."""
+        return self.has_truth and any(parent is not None for parent in self.sample.truth.parents)
+
+    @property
     def pages(self) -> tuple[str, ...]:
-        """The pages that can show something: absorption where concepts have parents, or where it was asked for."""
-        families = self.has_truth and any(parent is not None for parent in self.sample.truth.parents)
-        return tuple(page for page in PAGES if page != "Absorption" or families or page == self.state.page)
+        """The pages that can show something."""
+        return PAGES
 
     @property
     def against(self) -> str:

@@ -1,6 +1,5 @@
 """Which latents may have taken another one's place? `suspect_absorption` needs no truth, and so it never says more than candidate."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -10,18 +9,14 @@ from jaxtyping import Float, Int
 
 from sdl_explorer.data.activations import Activations
 from sdl_explorer.diagnosis.absorption import Absorption
-from sdl_explorer.diagnosis.candidates_pairs import Codes, Near, Together, sums_of, together
+from sdl_explorer.diagnosis.candidates_pairs import MOST, Codes, Contained, Containment, Near, Together, sums_of
 from sdl_explorer.diagnosis.observe import Accumulator, Rows, Stream, finding, observe
-from sdl_explorer.diagnosis.sparse import Csr, like, row_of, row_sums
+from sdl_explorer.diagnosis.sparse import Csr, like, row_sums
 from sdl_explorer.models.dictionary import SparseDictionary
 
 ATTENUATED = 0.6  # of its usual activation, up to which a parent has gone silent or weak
 COMPLETED = (0.75, 2.0)  # of the same: what parent and child write together along the parent
-CONTAINED = 0.95  # P(k | j) from which j fires inside k
-LOOSE = 0.5  # P(j | k) up to which k fires on its own as well
-LIFT = 2.0  # P(k | j) / P(k) from which that says something: a latent that always fires contains all others
 CROSSTALK, COHERENCE = 0.2, 0.21  # from which, on trees with known answers, most candidates are wrong (benchmarks/candidates.py)
-MOST = 1000  # pairs that pass the test, best first, whose rows are looked at; and contained pairs that are kept
 POINTS = 200  # rows of the child, and of the parent without it, that are kept for a scatter
 READS = 0.5  # of the parent's usual activation: what a row shows along it where the parent has a hole
 HOLES = 1 / 3  # share of the child's rows with a hole, from which a pair is a candidate
@@ -70,26 +65,6 @@ class Candidate(NamedTuple):
         return self.n_both / self.n_parent
 
 
-class Contained(NamedTuple):
-    """Latent `inner` fires on rows of `outer` alone, or nearly. Absorption breaks exactly these edges, so they are no candidates."""
-
-    inner: int
-    outer: int
-    n_inner: int
-    n_outer: int
-    n_both: int
-
-    @property
-    def given_inner(self) -> float:
-        """P(outer fires | inner fires)."""
-        return self.n_both / self.n_inner
-
-    @property
-    def given_outer(self) -> float:
-        """P(inner fires | outer fires)."""
-        return self.n_both / self.n_outer
-
-
 class Examined(NamedTuple):
     """Every ordered pair that was looked at, with its score; 0: it cannot be judged, or the roles fit better the other way round."""
 
@@ -103,7 +78,8 @@ class Suspects:
     """What `suspect_absorption` found.
 
     candidates     best score first, of the 1000 pairs that pass with the best scores;  n_unlooked: pairs that pass beyond those
-    contained      the separate layer of containment, most rows first, at most 1000;  n_contained counts all, on the first n_together rows
+    contained      the separate layer of containment, without candidates, most rows first, at most 1000;  n_contained counts all, on the
+                   first n_together rows
     points         for each candidate (z_p, z_c), (k, 2): up to 200 rows of the child, then up to 200 of the parent alone
     examined       every pair with its score;  n_left_out: pairs as near that were not looked at
     coherence      mean |cos| of two live latents' decoder rows
@@ -168,15 +144,17 @@ class _Suspicion(Accumulator):
         live = torch.as_tensor(np.flatnonzero(fired >= self.least), device=dictionary.device)
         near = Near.of(dictionary.W_dec, live, self.min_cosine, self.near)
         scores = _Scores(codes, near, sums_of(codes, near), self.least)
-        containment = _Containment(codes, self.least, self.stream.pulse)
+        containment = Containment(codes, self.least, self.stream.pulse)
         passed = scores.passed()
         looks = [self._look(codes, near, scores, int(pair)) for pair in passed[:MOST]]
         looks = [(candidate, points) for candidate, points in looks if candidate.holes >= HOLES]
+        named = {(candidate.parent, candidate.child) for candidate, _ in looks}
+        contained = [pair for pair in containment.best() if (pair.outer, pair.inner) not in named]
         return Suspects(
             candidates=tuple(candidate for candidate, _ in looks),
             n_unlooked=max(0, len(passed) - MOST),
-            contained=containment.best(),
-            n_contained=containment.n,
+            contained=tuple(contained),
+            n_contained=containment.n - len(containment.kept) + len(contained),
             n_together=containment.n_samples,
             points=tuple(points for _, points in looks),
             examined=Examined(near.i, near.j, scores.score),
@@ -303,32 +281,6 @@ class _Scores:
             similarity_child=_cosine(product, mine, self.square[c]),
             similarity_parent=_cosine(product, self.square[p], other),
         )
-
-
-class _Containment:
-    """Pairs (inner, outer) with P(outer | inner) >= 0.95, P(inner | outer) <= 0.5, and at least twice P(outer)."""
-
-    def __init__(self, codes: Csr, least: int, pulse: Callable[[], None]):
-        self.n_samples, blocks = together(codes)
-        self.fired = np.bincount(row_of(codes)[codes.indices < self.n_samples], minlength=codes.shape[0])
-        self.least, self.n, self.kept = least, 0, np.empty((0, 3), dtype=np.int64)
-        for latents, both in blocks:
-            pulse()
-            self._add(latents, both)
-
-    def _add(self, latents: np.ndarray, both: Csr) -> None:
-        inner, outer = np.repeat(latents, np.diff(both.indptr)), both.indices
-        inside = both.data >= CONTAINED * self.fired[inner]
-        inner, outer, n_both = inner[inside], outer[inside], both.data[inside].astype(np.int64)
-        inside = (n_both <= LOOSE * self.fired[outer]) & (self.fired[inner] >= self.least)
-        inside &= LIFT * self.fired[inner] * self.fired[outer] <= n_both * self.n_samples
-        found = np.stack([inner, outer, n_both], axis=1)[inside]
-        self.n += len(found)
-        self.kept = np.concatenate([self.kept, found])
-        self.kept = self.kept[np.lexsort((self.kept[:, 1], self.kept[:, 0], -self.kept[:, 2]))][:MOST]
-
-    def best(self) -> tuple[Contained, ...]:
-        return tuple(Contained(int(j), int(k), int(self.fired[j]), int(self.fired[k]), int(n)) for j, k, n in self.kept)
 
 
 def _ratio(above, below: np.ndarray, known: np.ndarray) -> np.ndarray:

@@ -1,6 +1,6 @@
 """Pairs of latents whose decoder rows are near, and what their codes do together: sums over rows, a block of latents at a time."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -11,10 +11,14 @@ from torch import Tensor
 
 from sdl_explorer.diagnosis.cosines import CELLS, unit
 from sdl_explorer.diagnosis.observe import Accumulator, Rows, Stream
-from sdl_explorer.diagnosis.sparse import Csr, like
+from sdl_explorer.diagnosis.sparse import Csr, like, row_of
 
 MOST_CODES = 2**23  # codes that are kept; rows beyond are not read
 MOST_EVENTS, EVENTS = 2**28, 2**22  # pairs of codes on one row, that are counted at most, and in a block
+MOST = 1000  # pairs that pass the test, best first, whose rows are looked at; and contained pairs that are kept
+CONTAINED = 0.95  # P(k | j) from which j fires inside k
+LOOSE = 0.5  # P(j | k) up to which k fires on its own as well
+LIFT = 2.0  # P(k | j) / P(k) from which that says something: a latent that always fires contains all others
 TWIN = 0.9  # cosine from which two rows are one feature's: duplicates, not parent and child
 
 
@@ -165,3 +169,49 @@ def _counts(fires: Csr, per_row: np.ndarray) -> Iterator[tuple[np.ndarray, Csr]]
     block = ((fires @ per_row).cumsum() - 1) // EVENTS
     for latents in np.split(np.arange(fires.shape[0]), np.flatnonzero(np.diff(block)) + 1):
         yield latents, csr_array(fires[latents] @ by_row)
+
+
+class Contained(NamedTuple):
+    """Latent `inner` fires on rows of `outer` alone, or nearly. Absorption breaks exactly these edges, so they are no candidates."""
+
+    inner: int
+    outer: int
+    n_inner: int
+    n_outer: int
+    n_both: int
+
+    @property
+    def given_inner(self) -> float:
+        """P(outer fires | inner fires)."""
+        return self.n_both / self.n_inner
+
+    @property
+    def given_outer(self) -> float:
+        """P(inner fires | outer fires)."""
+        return self.n_both / self.n_outer
+
+
+class Containment:
+    """Pairs (inner, outer) with P(outer | inner) >= 0.95, P(inner | outer) <= 0.5, and at least twice P(outer)."""
+
+    def __init__(self, codes: Csr, least: int, pulse: Callable[[], None]):
+        self.n_samples, blocks = together(codes)
+        self.fired = np.bincount(row_of(codes)[codes.indices < self.n_samples], minlength=codes.shape[0])
+        self.least, self.n, self.kept = least, 0, np.empty((0, 3), dtype=np.int64)
+        for latents, both in blocks:
+            pulse()
+            self._add(latents, both)
+
+    def _add(self, latents: np.ndarray, both: Csr) -> None:
+        inner, outer = np.repeat(latents, np.diff(both.indptr)), both.indices
+        inside = both.data >= CONTAINED * self.fired[inner]
+        inner, outer, n_both = inner[inside], outer[inside], both.data[inside].astype(np.int64)
+        inside = (n_both <= LOOSE * self.fired[outer]) & (self.fired[inner] >= self.least)
+        inside &= LIFT * self.fired[inner] * self.fired[outer] <= n_both * self.n_samples
+        found = np.stack([inner, outer, n_both], axis=1)[inside]
+        self.n += len(found)
+        self.kept = np.concatenate([self.kept, found])
+        self.kept = self.kept[np.lexsort((self.kept[:, 1], self.kept[:, 0], -self.kept[:, 2]))][:MOST]
+
+    def best(self) -> tuple[Contained, ...]:
+        return tuple(Contained(int(j), int(k), int(self.fired[j]), int(self.fired[k]), int(n)) for j, k, n in self.kept)

@@ -19,6 +19,7 @@ NO_FAMILIES = (
     "This data has no parent/child concepts. Start a new run on HierarchyBench or SynthBench, or name each feature's parent in "
     "Truth(parents=...)."
 )
+NO_CANDIDATES = "No candidate at these thresholds."
 NO_ABSORBERS = "No latent writes more of a parent when one of its children is active: no absorber to look at."
 NO_PAIRS = "Select 2 to 40 latents."
 PIXELS = "Each pixel counts latents."
@@ -39,6 +40,14 @@ def none_eligible(n: int, first: str) -> str:
     """When no edge of a hierarchy can be judged."""
     which = "The one parent-child edge cannot" if n == 1 else f"None of the {count(n)} parent-child edges can"
     return f"{which} be judged yet. {first}. Train until parents have latents of their own. [▸▸ Train 500 steps]"
+
+
+def crowded(crosstalk: float, coherence: float) -> str:
+    """Beside candidates in a dictionary whose latents crowd each other."""
+    return (
+        f"Crowded latents (crosstalk {crosstalk:.2f}, mean coherence {coherence:.2f}): where the truth is known, most candidates were "
+        "wrong in dictionaries like this one."
+    )
 
 
 def never_fired(n_samples: int) -> str:
