@@ -12,10 +12,11 @@ from sdl_explorer.data.bench import LinearBench, linear_activations
 from sdl_explorer.diagnosis.health import check_health
 from sdl_explorer.diagnosis.observe import observe
 from sdl_explorer.diagnosis.theory import check_theory
+from sdl_explorer.diagnosis.theory_seeds import Seeds, measure_spread, train_seeds
 from sdl_explorer.models.dictionary import Nonlinearity, SparseDictionary
 from sdl_explorer.models.methods.gated import GatedRectified
 from sdl_explorer.models.methods.jumprelu import JumpRectified
-from sdl_explorer.models.methods.topk import BatchTopKSelection, TopKSelection
+from sdl_explorer.models.methods.topk import BatchTopKSelection, TopK, TopKSelection
 
 VERDICTS = {"holds", "violated", "assumption not met", "not checkable"}
 HALF = 0.5**0.5
@@ -457,6 +458,23 @@ def test_absorption_needs_a_threshold_parents_and_no_competition():
 # T7 -------------------------------------------------------------------------------------------------------------------
 
 
+def runs_of(anchored, free, n=5, d=2):
+    """Planted seeds: the same rows in another order, turned by such an angle now one way and now the other, with anchors and without."""
+    plain = torch.cat([torch.eye(d), -torch.eye(d)])
+
+    def runs(angle):
+        for r in range(n):
+            rows = plain[torch.randperm(2 * d, generator=seeded(r))]
+            rows[:, :2] = rows[:, :2] @ turn(angle * (-1) ** r)
+            yield SparseDictionary(rows, rows).eval()
+
+    return Seeds(tuple(runs(anchored)), tuple(runs(free)), Anchors.from_rows(torch.eye(d)[:1]), 0)
+
+
+def turn(angle):
+    return torch.tensor([[math.cos(angle), math.sin(angle)], [-math.sin(angle), math.cos(angle)]])
+
+
 def pinned(dictionary, latents):
     anchors = Anchors.from_rows(dictionary.W_dec.detach()[latents])
     return Pins(anchors, torch.tensor(latents), torch.ones(len(latents)), torch.zeros(len(latents), dtype=torch.bool))
@@ -469,9 +487,10 @@ def test_an_anchor_fixes_the_antipodal_decoder(order, moved):
     dictionary = permuted(antipodal(TURN), order)
     pins = pinned(dictionary, [2])
     dictionary.W_dec.data.add_(moved * torch.randn(4, 2, generator=seeded(1)))
-    card = cards(dictionary, alone(CROSS), pins=pins)["T7"]
+    card = cards(dictionary, alone(CROSS), pins=pins, seeds=runs_of(0.1, 0.3))["T7"]
     assert card.verdict == "holds" and (card.left, card.right) == (0, 2)
     both = cards(dictionary, alone(CROSS), pins=pinned(dictionary, [0, 1]))["T7"]
+    assert both.verdict == "not checkable" and "n = 0; of 2 free numbers of the decoder 0 remain" in both.reason
     assert (both.left, both.right) == (0, 2) and both.numbers["numbers that the anchors fix"] == 4
 
 
@@ -479,10 +498,62 @@ def test_anchors_and_latents_that_never_fire():
     """Ten latents, six of them silent on every feature: 24 numbers are free, and an anchor takes four where it holds a silent one."""
     rows = torch.cat([torch.eye(4), -torch.eye(4), -torch.eye(4)[:2]])
     dictionary = SparseDictionary(rows, rows).eval()
-    free = lambda latents: cards(dictionary, alone(torch.eye(4)), pins=pinned(dictionary, latents))["T7"]
+    some = runs_of(0.1, 0.3, d=4)
+    free = lambda latents: cards(dictionary, alone(torch.eye(4)), pins=pinned(dictionary, latents), seeds=some)["T7"]
     assert (free([5]).left, free([5]).right, free([5]).verdict) == (20, 24, "holds")
     assert (free([0]).left, free([0]).right, free([0]).verdict) == (24, 24, "violated")  # its feature had fixed it
     assert free([0, 5, 9]).left == 16
+
+
+@pytest.mark.parametrize(("anchored", "free", "verdict"), [(0.1, 0.3, "holds"), (0.3, 0.1, "violated"), (0.3, 0.3, "not checkable")])
+def test_the_spread_over_seeds_decides(anchored, free, verdict):
+    dictionary = antipodal(TURN)
+    card = cards(dictionary, alone(CROSS), pins=pinned(dictionary, [2]), seeds=runs_of(anchored, free))["T7"]
+    assert card.verdict == verdict and card.left < card.right
+    assert card.numbers["difference"] == pytest.approx(card.numbers["spread with anchors"] - card.numbers["spread without anchors"])
+    assert card.numbers["seeds"] == 5 and card.numbers["features that no anchor is about"] == 3
+
+
+def test_four_seeds_are_too_few():
+    dictionary = antipodal(TURN)
+    card = cards(dictionary, alone(CROSS), pins=pinned(dictionary, [2]), seeds=runs_of(0.1, 0.3, n=4))["T7"]
+    assert card.verdict == "not checkable" and "at least 5 seeds, with anchors and without: n = 4" in card.reason
+    none = cards(dictionary, alone(CROSS), pins=pinned(dictionary, [2]), seeds=runs_of(0.1, 0.3, n=1))["T7"]
+    assert none.verdict == "not checkable" and math.isnan(none.numbers["difference"])
+
+
+def test_the_spread_is_the_mean_distance_of_pairs():
+    """Rows turned by known angles: 1 - cos of each difference; the order of latents and their lengths do not matter."""
+    angles = torch.tensor([0.0, 0.1, 0.3])
+    rows = [torch.tensor([[0.0, 2.0], [float(a.cos()), float(a.sin())]]) for a in angles]
+    turned = tuple(SparseDictionary(r, r).eval() for r in rows)
+    same = tuple(SparseDictionary(rows[0][[1, 0]] * 3, rows[0][[1, 0]] * 3).eval() for _ in rows)
+    spread = measure_spread(Seeds(same, turned, Anchors.from_rows(torch.eye(2)[1:]), 0), torch.eye(2))
+    own = [1 - math.cos(a) for a in (0.1, 0.3, 0.2)]
+    assert spread.n_features == 1 and spread.anchored == pytest.approx(0, abs=1e-7)
+    assert spread.free == pytest.approx(sum(own) / 3, abs=1e-6) and spread.difference == pytest.approx(-sum(own) / 3, abs=1e-6)
+    left_out = [-own[2], -own[1], -own[0]]  # without the first seed the second and third remain, and so on
+    mean = sum(left_out) / 3
+    error = (2 / 3 * sum((x - mean) ** 2 for x in left_out)) ** 0.5 * 4.302653
+    assert (spread.low, spread.high) == pytest.approx((spread.difference - error, spread.difference + error), rel=1e-4)
+
+
+def test_pairs_of_runs_share_their_start_and_differ_by_the_anchors():
+    bench = LinearBench(n_features=6, d_in=5, sparsity=0.8)
+    rows = bench.sample(20, seeded())
+    settings = {"n_steps": 4, "runs": 2, "batch_size": 16, "weight": 1.0}
+    seeds = train_seeds(bench, TopK(k=2), 7, Anchors.from_truth(rows, [1, 3]), **settings)
+    again = train_seeds(bench, TopK(k=2), 7, Anchors.from_truth(rows, [1, 3]), **settings)
+    for one, other in zip((*seeds.anchored, *seeds.free), (*again.anchored, *again.free), strict=True):
+        assert torch.equal(one.W_dec, other.W_dec)
+    reached = torch.nn.functional.cosine_similarity(seeds.anchored[0].W_dec[:2], rows.truth.target_features[[1, 3]])
+    assert reached.min() > 0.99 and not torch.equal(seeds.free[0].W_dec, seeds.free[1].W_dec)
+    with pytest.raises(ValueError, match="give at least one anchor"):
+        train_seeds(bench, TopK(k=2), 1, Anchors.from_truth(rows, [1, 3]), n_steps=1)
+    with pytest.raises(ValueError, match="both are at least 1"):
+        train_seeds(bench, TopK(k=2), 7, Anchors.from_truth(rows, [1]), n_steps=0)
+    with pytest.raises(ValueError, match="give them in pairs"):
+        Seeds(seeds.anchored, (), seeds.anchors, 4)
 
 
 def test_a_pin_that_is_not_reached_is_no_constraint():

@@ -31,7 +31,7 @@ class Landscape:
     latents    the two;  silent  whether each fired on no row
     loss       mean |x_r - recon|^2 on the rows used;  n_samples  rows given;  n_rows  rows used, weighted to stand for all
     map        `RegionMap`: the rows of the encoder turned in a plane, the decoder rows at their least squares
-    slice      `Slice`: inside one region, convex in each block
+    slice      `Slice`: inside one region, convex in each block; of the probes of the map alone
     kicks      `Kicks`: moved at random and trained alone, with the null of random directions
     """
 
@@ -114,7 +114,7 @@ class _Prober(Accumulator):
         probes = self._probes(pair, judged.rows)
         regions = map_regions(local, probes, self.grid, self.ratio)
         self.stream.pulse()
-        cut = cut_slice(local, self.grid // 2 * 2 + 1, stream(self.seed, "landscape", "slice"))
+        cut = cut_slice(probes.local, self.grid // 2 * 2 + 1, stream(self.seed, "landscape", "slice"))
         draw = stream(self.seed, "landscape", "kicks")
         kicks = kick(local, [around(part) for part in trained], self.sigmas, self.n_kicks, self.n_steps, self.relative, draw)
         silent = (self.fired[list(pair)] == 0).tolist()
@@ -201,7 +201,7 @@ def probe_landscape(
     """The loss around two latents, all others held where they are; under Top-k the others still compete with them.
 
         map     W_enc_i = rest_i + length_i (cos a_i, sin a_i) in a plane;   min over W_dec of the two, by least squares
-        slice   f(s, t) = loss(W_enc + s A, W_dec + t B), as far along A as every row keeps its pattern
+        slice   f(s, t) = loss(W_enc + s A, W_dec + t B) of the probes, as far along A as each fires what it fires
         kicks   rows + sigma * unit * noise, then `n_steps` of Adam on the two latents' rows alone, beside the same without a kick
 
     `latents`: two ids, or one (its partner is a silent latent, or the nearest decoder row), or None (first the latent with the largest

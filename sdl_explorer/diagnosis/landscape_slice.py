@@ -18,10 +18,12 @@ STEP = 2.0  # at most, in lengths of the rows
 class Slice(NamedTuple):
     """f(s, t) = loss at W_enc + s A, W_dec + t B of two latents; A and B are random directions as long as their rows.
 
-    reads (g,)  s, as far as all rows keep their pattern;  writes (g,)  t;  loss (g_t, g_s)
+    The loss is that of the inputs that tell regions apart: a region of many rows is too small to be looked at.
+
+    reads (g,)  s, as far as all inputs keep their pattern;  writes (g,)  t;  loss (g_t, g_s)
     gap_reads, gap_writes, gap_both   the largest f(middle) - (f(a) + f(b)) / 2 along s, along t, and along the diagonals, over the
                  largest loss: at most rounding where f is convex so
-    inside  share of the points of the slice whose pattern, over all rows, is that of the model
+    inside  share of the points of the slice whose pattern, over these inputs, is that of the model
     """
 
     reads: Float[np.ndarray, " g"]
@@ -64,7 +66,7 @@ def _direction(rows: Tensor, generator: Generator) -> Tensor:
 
 
 def _inside(local: Local, W_enc: Tensor) -> Tensor:
-    """Which encoders (..., m, d_in) have the pattern of the model on every row, bool (...)."""
+    """Which encoders (..., m, d_in) have the pattern of the model on every input, bool (...)."""
     (own, own_kept), (codes, kept) = (local.codes(local.pre(rows)) for rows in (local.W_enc, W_enc))
     return ((codes > 0) == (own > 0)).all(dim=-1).all(dim=-1) & (kept == own_kept).all(dim=-1)
 

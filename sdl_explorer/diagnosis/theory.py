@@ -13,17 +13,18 @@ from sdl_explorer.diagnosis.theory_facts import LARGEST, Facts, Sums
 from sdl_explorer.diagnosis.theory_losses import T1, T3, T4, check_approximation, check_construction, check_zero_loss
 from sdl_explorer.diagnosis.theory_minima import T5, check_partial_minimum
 from sdl_explorer.diagnosis.theory_patterns import T6, check_absorbable
+from sdl_explorer.diagnosis.theory_seeds import Seeds
 from sdl_explorer.models.dictionary import SparseDictionary
 
 
 class _Checker(Accumulator):
-    def __init__(self, stream: Stream, *, pins=None, tolerance=1e-3, n_segments=8, seed=0):
+    def __init__(self, stream: Stream, *, pins=None, seeds=None, tolerance=1e-3, n_segments=8, seed=0):
         super().__init__(stream)
         if not 0 < tolerance < 1:
             raise ValueError(f"check_theory: tolerance is {tolerance}; it is a share, between 0 and 1.")
         if n_segments < 1:
             raise ValueError(f"check_theory: n_segments is {n_segments}; convexity is tested on one segment at least.")
-        self.pins, self.tolerance, self.n_segments, self.seed = pins, tolerance, n_segments, seed
+        self.pins, self.seeds, self.tolerance, self.n_segments, self.seed = pins, seeds, tolerance, n_segments, seed
         self.missing = self._missing()
         truth = stream.activations.truth
         self.sums = None if self.missing or truth is None else Sums(truth)
@@ -55,7 +56,7 @@ class _Checker(Accumulator):
             check_zero_loss,
             check_partial_minimum,
             check_absorbable,
-            lambda facts: check_anchors(facts, self.pins),
+            lambda facts: check_anchors(facts, self.pins, self.seeds),
         )
         cards = []
         for check in checks:
@@ -72,13 +73,14 @@ def check_theory(
     tolerance: float = 1e-3,
     n_segments: int = 8,
     seed: int = 0,
+    seeds: Seeds | None = None,
 ) -> list[TheoryCard]:
     """A card for each of six theorems, and one on anchors: assumptions with live values, both sides, and what follows here.
 
         T1 |L - L~| <= n^2 C (1-S)^2             T4 L~ = 0 <=> every feature is reconstructed (recovered is something else)
         T2 L~ convex in each block of a region    T5 polysemantic partitions have partial minima with positive loss
         T3 the constructed solution's loss        T6 a parent that lost one child to a latent of its own is realisable
-        T7 free numbers of the decoder with the anchors of `pins` held, and without
+        T7 free numbers of the decoder with the anchors of `pins` held, and without; the spread over `seeds` (`train_seeds`), likewise
 
         L = mean |x_r - recon|^2;   L~ = sum_d M_d |w_r^d - W_dec^T sigma(W_enc w_p^d)|^2,   M_d = P(x = x_d e_d) E[x_d^2 | x_d > 0]
 
@@ -89,5 +91,5 @@ def check_theory(
 
     Raises ValueError for settings out of range and for what `observe` refuses. Theorems: arXiv 2512.05534; each card has the number.
     """
-    settings = {"pins": pins, "tolerance": tolerance, "n_segments": n_segments, "seed": seed}
+    settings = {"pins": pins, "tolerance": tolerance, "n_segments": n_segments, "seed": seed, "seeds": seeds}
     return observe(dictionary, activations, [(check_theory, settings)])[0]

@@ -94,9 +94,9 @@ def _(health, landscape, look):
 
 @view("Is the loss convex in each block inside this region?", id="L2", of=OF, page="landscape", cost="job")
 def biconvex_slice(health, landscape, look):
-    """The loss as the encoder rows of the two latents move along one random direction and their decoder rows along another, as far as
-    every row keeps the latents that it fires. Along either axis it is convex (Theorem 3.2 of arXiv 2512.05534, v5/6); along a diagonal it
-    need not be. Lines join equal losses. ● the latents as they are."""
+    """The loss of the inputs that tell regions apart (above), as the encoder rows of the two latents move along one random direction and
+    their decoder rows along another, as far as each input keeps the latents that it fires. Along either axis it is convex
+    (Theorem 3.2 of arXiv 2512.05534, v5/6); along a diagonal it need not be. Lines join equal losses. ● the latents as they are."""
     cut, theme = landscape.slice, look.theme
     reads, writes = (_ends(x) for x in (cut.reads, cut.writes))
     layers: list = _image(cut.loss, (reads[0], writes[0], reads[1], writes[1]), "loss", theme)
@@ -128,9 +128,9 @@ def _(health, landscape, look):
         else f"; along a diagonal it rises {cut.gap_both:.2g} above its chord"
     )
     return (
-        f"On this slice the loss is {each}: no middle lies above its chord by more than {max(cut.gap_reads, cut.gap_writes, 0):.2g} of the "
-        f"largest loss{both}. {cut.inside:.0%} of the slice has the pattern of the model, up to {cut.reads[-1]:.2g} lengths of the encoder "
-        "rows."
+        f"On this slice the loss of {_named(landscape.map.probes)} alone is {each}: no middle lies above its chord by more "
+        f"than {max(cut.gap_reads, cut.gap_writes, 0):.2g} of the largest loss{both}. {cut.inside:.0%} of the slice has the "
+        f"pattern of the model, up to {cut.reads[-1]:.2g} lengths of the encoder rows."
     )
 
 
@@ -154,6 +154,10 @@ def _(health, landscape, look):
 def nothing(landscape: Landscape | None) -> str | None:
     """Why there is no landscape: it is that of the primary latent."""
     return NO_SELECTION if landscape is None else None
+
+
+def _named(names: tuple[str, ...]) -> str:
+    return ", ".join(names[:-1]) + f" and {names[-1]}" if len(names) > 1 else names[0]
 
 
 def _image(losses: np.ndarray, bounds: tuple[float, float, float, float], label: str, theme: str) -> list:

@@ -52,9 +52,9 @@ def kick_test(health, landscape, look):
     return frame(
         hv.Overlay(layers),
         look,
-        xlim=log_limits([floor, largest]),
+        xlim=log_limits([raised(kicks.unkicked), *ends, *np.concatenate([raised(arm.after) for arm in arms])]),
         ylim=(0.4 - len(arms), 0.6),
-        xlabel=f"loss (log; below {floor:.1g} drawn there); dashed: without a kick",
+        xlabel=f"loss (log; {floor:.1g} and below drawn there); dashed: without a kick",
         ylabel="",
         title=f"Latents {landscape.latents[0]} and {landscape.latents[1]}: a kick {landscape.verdict}",
         height=150 + 56 * len(arms),

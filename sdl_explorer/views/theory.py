@@ -10,7 +10,7 @@ from sdl_explorer.diagnosis.theory import check_theory
 from sdl_explorer.diagnosis.theory_cards import TheoryCard
 from sdl_explorer.views.frame import EDGE, TYPE, drawable, empty_table, finite, frame, row_ticks, sample
 from sdl_explorer.views.look import Look
-from sdl_explorer.views.theme import GRID, MUTED, TEXT, Token
+from sdl_explorer.views.theme import MUTED, TEXT, Token
 from sdl_explorer.views.view import view
 from sdl_explorer.views.words import NOT_COMPUTED, count, plural
 
@@ -33,7 +33,7 @@ def theorem_sides(cards, look):
     however its two sides stand; rows without marks could not be computed. The cards below have the assumptions, each with its value."""
     theme, rows = look.theme, -np.arange(len(cards), dtype=float)
     left, right = (np.maximum(drawable([side(card) for card in cards]), FLOOR) for side in (lambda c: c.left, lambda c: c.right))
-    slack = hv.Segments((left, rows, right, rows), ["x0", "y0", "x1", "y1"]).opts(color=GRID[theme], line_width=6)
+    slack = hv.Segments((left, rows, right, rows), ["x0", "y0", "x1", "y1"]).opts(color=MUTED[theme], line_width=2)
     layers: list = [slack]
     for verdict, token in VERDICTS.items():
         here = np.array([card.verdict == verdict for card in cards])
@@ -50,7 +50,7 @@ def theorem_sides(cards, look):
     return frame(
         hv.Overlay(layers),
         look,
-        xlim=(low / (high / low if high > low else 10.0) ** 0.05, end * (high / low if high > low else 10.0) ** 0.55),
+        xlim=(low / (high / low if high > low else 10.0) ** 0.05, end * (high / low if high > low else 10.0) ** 0.4),
         ylim=(0.4 - len(cards), 0.6),
         xlabel=f"left and right side of each statement (log; below {FLOOR:g} drawn there)",
         ylabel="",
@@ -126,7 +126,7 @@ def _card(card: TheoryCard, theme: str) -> str:
 def _assumption(assumption) -> str:
     sign, word = MET[assumption.met]
     live = f"<span class='live'>{escape(assumption.value)}</span>"
-    return f"<li><span aria-hidden='true'>{sign}</span> <b>{word}</b>: {escape(assumption.asks)} {live}</li>"
+    return f"<li><span aria-hidden='true'>{sign}</span> <b>{word}</b>: {escape(assumption.asks)}: {live}</li>"
 
 
 def _sides(card: TheoryCard, theme: str) -> str:
