@@ -23,13 +23,13 @@ import torch
 from sklearn.metrics import average_precision_score
 
 from sdl_explorer import BatchTopK, HierarchyBench, JumpReLU, LinearBench, Matryoshka, ReLU, Session, TopK
-from sdl_explorer.data.activations import Activations
 from sdl_explorer.data.sources import Source, stream
-from sdl_explorer.diagnosis.absorption import find_absorption
+from sdl_explorer.diagnosis.absorption import Absorption, find_absorption
 from sdl_explorer.diagnosis.candidates import score_candidates, suspect_absorption
 from sdl_explorer.diagnosis.meanings import suspect_polysemantic
-from sdl_explorer.diagnosis.patterns import trace_patterns
-from sdl_explorer.diagnosis.recovery import score_recovery
+from sdl_explorer.diagnosis.observe import observe
+from sdl_explorer.diagnosis.patterns import Patterns, trace_patterns
+from sdl_explorer.diagnosis.recovery import Recovery, score_recovery
 from sdl_explorer.diagnosis.redundancy import find_redundant
 from sdl_explorer.diagnosis.scores import DetectorScore
 from sdl_explorer.experiments.cells import Cell, run_cell
@@ -40,7 +40,16 @@ TABLE = Path("sdl_explorer/assets/detector_scores.csv")
 REGIMES = ((0.0, 0.1), (0.1, 0.2), (0.2, 1.0))  # of mean coherence
 SPARSITIES = ((0.0, 2.0), (2.0, 5.0), (5.0, np.inf))  # of L0
 JUDGE_ROWS, TRUTH_ROWS = 10_000, 100_000
+SAME = 0.9  # cosine from which a decoder row writes a feature
 STEPS = 1_500
+
+
+class Truths(NamedTuple):
+    """What findings with truth say of the fresh rows."""
+
+    patterns: Patterns
+    recovery: Recovery
+    absorption: Absorption
 
 
 class Units(NamedTuple):
@@ -54,57 +63,55 @@ class Units(NamedTuple):
         return Units(*(part[some] for part in self))
 
 
-# detectors: (session, rows with truth) -> units ------------------------------------------------------------------------------
+# detectors: (session, truths) -> units ------------------------------------------------------------------------------
 
 
-def polysemantic(session: Session, fresh: Activations) -> Units:
+def polysemantic(session: Session, truth: Truths) -> Units:
     """Latents that fire on ten rows or more; true: 1.5 effective features or more (`trace_patterns`)."""
-    found, truth = session.find(suspect_polysemantic, n=JUDGE_ROWS), trace_patterns(session.dictionary, fresh)
-    return Units(found.score, found.candidate, truth.status == "poly").of(found.judged)
+    found = session.find(suspect_polysemantic, n=JUDGE_ROWS)
+    return Units(found.score, found.candidate, truth.patterns.status == "poly").of(found.judged)
 
 
-def writes_otherwise(session: Session, fresh: Activations) -> Units:
+def writes_otherwise(session: Session, truth: Truths) -> Units:
     """The same latents and truth; score: 1 - cos(W_enc, W_dec)."""
-    return rescored(session, fresh, 1 - session.find(suspect_polysemantic, n=JUDGE_ROWS).encoder_decoder)
+    return rescored(session, truth, 1 - session.find(suspect_polysemantic, n=JUDGE_ROWS).encoder_decoder)
 
 
-def fires_otherwise(session: Session, fresh: Activations) -> Units:
+def fires_otherwise(session: Session, truth: Truths) -> Units:
     """The same latents and truth; score: 1 - cos(W_dec, response)."""
-    return rescored(session, fresh, 1 - session.find(suspect_polysemantic, n=JUDGE_ROWS).decoder_response)
+    return rescored(session, truth, 1 - session.find(suspect_polysemantic, n=JUDGE_ROWS).decoder_response)
 
 
-def rescored(session: Session, fresh: Activations, score: np.ndarray) -> Units:
+def rescored(session: Session, truth: Truths, score: np.ndarray) -> Units:
     judged = session.find(suspect_polysemantic, n=JUDGE_ROWS).judged
-    return polysemantic(session, fresh)._replace(score=score[judged], claimed=np.zeros(judged.sum(), dtype=bool))
+    return polysemantic(session, truth)._replace(score=score[judged], claimed=np.zeros(judged.sum(), dtype=bool))
 
 
-def duplicate(session: Session, fresh: Activations) -> Units:
+def duplicate(session: Session, truth: Truths) -> Units:
     """Live latents; true: another live latent writes the same feature, both at a cosine of 0.9."""
-    found, truth = session.find(find_redundant, n=JUDGE_ROWS), score_recovery(session.dictionary, fresh, tau=0.9, match=False)
-    feature = np.where(found.live & (truth.cosine >= 0.9), truth.feature, -1)
-    writers = np.bincount(feature + 1, minlength=len(truth.names) + 1)
+    found, recovery = session.find(find_redundant, n=JUDGE_ROWS), truth.recovery
+    feature = np.where(found.live & (recovery.cosine >= SAME), recovery.feature, -1)
+    writers = np.bincount(feature + 1, minlength=len(recovery.names) + 1)
     return Units(found.twin_cosine, found.duplicate, (feature >= 0) & (writers[feature + 1] > 1)).of(found.live)
 
 
-def dead(session: Session, fresh: Activations) -> Units:
+def dead(session: Session, truth: Truths) -> Units:
     """All latents; true: silent on all fresh rows; score: samples since it fired, as training and the judge rows counted them."""
-    found, truth = session.find(find_redundant, n=JUDGE_ROWS), score_recovery(session.dictionary, fresh, match=False)
+    found = session.find(find_redundant, n=JUDGE_ROWS)
     since = np.where(found.live, 0, found.samples_since_fired)
-    return Units(since / (1 + since.max()), found.dead & ~found.live, truth.silent)
+    return Units(since / (1 + since.max()), found.dead & ~found.live, truth.recovery.silent)
 
 
-def absorption(session: Session, fresh: Activations) -> Units:
+def absorption(session: Session, truth: Truths) -> Units:
     """Pairs of latents with decoder cosines of 0.2 to 0.9; true: see `score_candidates`, on the fresh rows."""
-    if not fresh.truth.parents:
-        return Units(*np.empty((3, 0)))
     found = session.find(suspect_absorption, n=JUDGE_ROWS)
-    score, truth = score_candidates(found, find_absorption(session.dictionary, fresh))
+    score, truth = score_candidates(found, truth.absorption)
     named = {(c.parent, c.child) for c in found.candidates}
     claimed = [pair in named for pair in zip(found.examined.parent.tolist(), found.examined.child.tolist(), strict=True)]
     return Units(score, np.array(claimed + [False] * (len(score) - len(claimed)), dtype=bool), truth.astype(bool))
 
 
-Judge = Callable[[Session, Activations], Units]
+Judge = Callable[[Session, Truths], Units]
 DETECTORS: dict[str, Judge] = {
     "polysemantic": polysemantic,
     "duplicate": duplicate,
@@ -147,11 +154,12 @@ def run(cell: Cell) -> list[dict]:
     run_cell(cell, folder, device="cpu")
     with Session.open(folder / "run", source=cell.source, device="cpu") as session:
         fresh = cell.source.sample(TRUTH_ROWS, stream(cell.seed, "truth"), "judge")
+        truth = Truths(*observe(session.dictionary, fresh, [trace_patterns, (score_recovery, {"match": False}), find_absorption]))
         spare = session.find(find_redundant, n=JUDGE_ROWS)
         regime = {"coherence": spare.coherence, "L0": spare.firing_rate.sum()}
         rows = []
         for name, judge in DETECTORS.items():
-            units = judge(session, fresh)
+            units = judge(session, truth)
             np.savez(folder / f"{name}.npz", **units._asdict())
             rows.append({**cell.labels, "seed": cell.seed, **regime, "detector": name, "cell": cell.name, **scores(units)})
     return rows
@@ -199,10 +207,10 @@ def report(runs: pd.DataFrame) -> None:
     coherence[coherence["claimed"] > 0][own].to_csv(TABLE, index=False, float_format="%.4g")
     head = (
         f"`python benchmarks/detectors.py`: {runs['cell'].nunique()} dictionaries, seeds {sorted(runs['seed'].unique().tolist())}, "
-        f"{STEPS:,} steps of 256 rows each, on one CPU core ({platform.machine()}, torch {torch.__version__}). Detectors read {JUDGE_ROWS:,} "
-        f"judge rows without truth; the truth is that of {TRUTH_ROWS:,} fresh rows. Precision and recall are those of a detector's own threshold, "
-        "average precision that of its score; chance is the share of true cases, the average precision of a coin. Units of all dictionaries in a "
-        "regime are pooled. The thresholds were chosen on other dictionaries, of other bench seeds."
+        f"{STEPS:,} steps of 256 rows each, on one CPU core ({platform.machine()}, torch {torch.__version__}).\n\n"
+        f"Detectors read {JUDGE_ROWS:,} judge rows without truth; the truth is that of {TRUTH_ROWS:,} fresh rows. Precision and recall are "
+        "those of a detector's own threshold, average precision that of its score; chance is the share of true cases, the average "
+        "precision of a coin. Units of all dictionaries in a regime are pooled. Thresholds were chosen on other bench seeds."
     )
     truths = [f"- **{name}**: {' '.join(judge.__doc__.split())}" for name, judge in DETECTORS.items()]
     low = runs[runs["coherence"] < 0.2]

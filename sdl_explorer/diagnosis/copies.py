@@ -31,9 +31,11 @@ class Nearest(NamedTuple):
 def nearest_others(rows: Tensor, chosen: Tensor, threshold: float) -> Nearest:
     """Among the chosen rows, given by id."""
     n, m, directions = len(rows), len(chosen), unit(rows[chosen])
+    if m < 2:
+        return Nearest(np.full(n, -1), np.zeros(n), np.full(n, -1), 0.0)
     nearest, cosine, group = np.full(m, -1), np.zeros(m), np.arange(m)
     total = 0.0
-    for block in torch.arange(m, device=rows.device).split(max(1, CELLS // max(m, 1))):
+    for block in torch.arange(m, device=rows.device).split(max(1, CELLS // m)):
         cosines = directions[block] @ directions.T
         own = torch.arange(len(block), device=rows.device), block
         total += float(cosines.abs().sum(dtype=torch.float64) - cosines[own].sum(dtype=torch.float64))
@@ -44,10 +46,9 @@ def nearest_others(rows: Tensor, chosen: Tensor, threshold: float) -> Nearest:
         if float(top.max()) >= threshold - ROUNDING:
             line, other = (part.cpu().numpy() for part in (cosines >= threshold - ROUNDING).nonzero(as_tuple=True))
             group = _joined(group, where[line], other)
-    found = Nearest(np.full(n, -1), np.zeros(n), np.full(n, -1), max(total, 0.0) / (m * (m - 1)) if m > 1 else 0.0)
-    if m > 1:
-        ids = chosen.cpu().numpy()
-        found.twin[ids], found.cosine[ids], found.cluster[ids] = ids[nearest], cosine, _numbered(group)
+    found = Nearest(np.full(n, -1), np.zeros(n), np.full(n, -1), max(total, 0.0) / (m * (m - 1)))
+    ids = chosen.cpu().numpy()
+    found.twin[ids], found.cosine[ids], found.cluster[ids] = ids[nearest], cosine, _numbered(group)
     return found
 
 

@@ -52,12 +52,16 @@ def cut_in_two(shifts: Float[Tensor, "n m d"], there: Bool[Tensor, "n m"]) -> Cu
     return best
 
 
-def of_one_meaning(shifts: Float[Tensor, "n m d"], there: Bool[Tensor, "n m"], random: Float[Tensor, "k d"]) -> Float[Tensor, "n m d"]:
-    """The null: rows of one kind that are as strong along their mean, and in every other direction are rows drawn at random."""
-    mean = normalize((there.float()[:, None] @ shifts)[:, 0], dim=1)
-    along = (shifts @ mean[:, :, None]) * mean[:, None]
+def of_one_meaning(
+    shifts: Float[Tensor, "n m d"], there: Bool[Tensor, "n m"], codes: Float[Tensor, "n m"], random: Float[Tensor, "k d"]
+) -> Float[Tensor, "n m d"]:
+    """The null: rows of one kind, as far along the mean shift as their codes say, and in every other direction rows drawn at random."""
+    mean = (there.float()[:, None] @ shifts) / there.sum(dim=1).clamp_min(1)[:, None, None]
+    usual = torch.where(there, codes, 0).sum(dim=1) / there.sum(dim=1).clamp_min(1)
+    along = (codes / usual.clamp_min(torch.finfo(codes.dtype).tiny)[:, None])[..., None] * mean
+    direction = normalize(mean, dim=2)
     random = random[torch.arange(shifts.shape[1], device=random.device) % len(random)].expand_as(shifts)
-    return along + random - (random @ mean[:, :, None]) * mean[:, None]
+    return along + random - (random * direction).sum(dim=2, keepdim=True) * direction
 
 
 def principal_places(rows: Float[Tensor, "n m d"], there: Bool[Tensor, "n m"]) -> list[Float[Tensor, "n m"]]:
