@@ -1,4 +1,5 @@
-"""The command `sdl-explorer`: `open` and `serve` the explorer, `run` a training without it, `doctor` the machine.
+"""The command `sdl-explorer`: `open` and `serve` the explorer, `run` a training without it, `survey` what it
+learned, `doctor` the machine.
 
 Modules load inside the commands, so that `--help` answers at once and `doctor` works where torch does not.
 """
@@ -119,6 +120,20 @@ def run(
         with session:
             _train(session, steps)
             typer.echo(_scoreboard(session))
+
+
+@app.command()
+def survey(
+    folder: Annotated[Path, typer.Argument(help="A run folder.")],
+    rows: Annotated[int, typer.Option(min=1, help="Judge rows to read.")] = 10_000,
+    device: DeviceOption = "auto",
+) -> None:
+    """Read rows once and print what every streaming finding says. A survey that was ended goes on where it was."""
+    with _plain_errors():
+        from sdl_explorer.session import Session
+
+        with Session.open(folder.expanduser(), device=device) as session:
+            typer.echo(_survey(session, rows))
 
 
 @app.command()
@@ -292,6 +307,13 @@ def _train(session: "Session", steps: int) -> None:
             session.pulses.remove(advance)
             advance()
     session.save(session.folder)
+
+
+def _survey(session: "Session", rows: int) -> str:
+    from tqdm import tqdm
+
+    with tqdm(total=rows, unit="row", file=sys.stderr) as bar:
+        return repr(session.survey(rows, progress=lambda done: bar.update(round(done * rows) - bar.n)))
 
 
 def _scoreboard(session: "Session") -> str:

@@ -8,7 +8,9 @@ import pytest
 import torch
 from scipy.sparse import issparse
 from torch.testing import assert_close
+from typer.testing import CliRunner
 
+from sdl_explorer import cli
 from sdl_explorer import survey as surveying
 from sdl_explorer.control import Stopped
 from sdl_explorer.data.activations import Activations
@@ -177,6 +179,24 @@ def test_a_survey_is_kept_beside_the_run_and_found_again(small, monkeypatch, tmp
         assert sum(encodings) == 100
     assert causes.n_samples == 100
     assert_same(causes, make().find(trace_causes, n=100, latent=3), exact=True)
+
+
+def test_a_killed_survey_goes_on_from_the_command_line(small, tmp_path):
+    session = make()
+    session.save(tmp_path / "run")
+    expected = session.branch().survey(150)
+    with pytest.raises(Enough):
+        session.survey(150, progress=until(0.5))
+    session.close()
+    (folder,) = (tmp_path / "run" / "surveys").iterdir()
+    (folder / ".block-0000000096.safetensors.dead.tmp").write_bytes(b"half a block")  # what a kill leaves of a write
+    told = CliRunner().invoke(cli.app, ["survey", str(tmp_path / "run"), "--rows", "150"])
+    assert told.exit_code == 0, told.output
+    assert "Survey of 150 rows (96 of them were kept)" in told.output
+    assert repr(expected[check_health]) in told.output
+    refused = CliRunner().invoke(cli.app, ["survey", str(tmp_path / "nothing")])
+    assert refused.exit_code == 1
+    assert "not a run folder" in refused.output
 
 
 def test_stop_ends_a_survey_and_a_follower_reads_it(small, tmp_path):
