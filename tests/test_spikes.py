@@ -24,9 +24,11 @@ from sdl_explorer import (
 from sdl_explorer.app.facts import describe_data
 from sdl_explorer.data.activations import Activations
 from sdl_explorer.data.sources import PARTS
+from sdl_explorer.diagnosis import meanings
 from sdl_explorer.diagnosis.meanings import suspect_polysemantic
 from sdl_explorer.diagnosis.observe import Accumulator, finding, observe
 from sdl_explorer.diagnosis.redundancy import find_redundant
+from sdl_explorer.diagnosis.scores import DetectorScore
 from sdl_explorer.diagnosis.spiked import judge_of
 
 ROWS = torch.randn(600, 12, generator=Generator().manual_seed(1)) @ torch.randn(12, 12, generator=Generator().manual_seed(2)) + 3
@@ -412,7 +414,9 @@ def test_a_detector_can_say_it_in_its_own_pass(spiked, rows):
 
 
 @pytest.mark.parametrize("order", [list(range(9)), [8, 2, 5, 0, 7, 1, 4, 6, 3]])
-def test_findings_without_truth_say_how_right_they_are_on_spikes(spiked, rows, order):
+def test_findings_without_truth_say_how_right_they_are_on_spikes(spiked, rows, order, monkeypatch):
+    on_benches = DetectorScore("polysemantic", 0.0, 1.0, 100, 50, 50, 0.9, 0.8, 0.9, 0.5)
+    monkeypatch.setattr(meanings, "detector_scores", lambda name, coherence: on_benches)
     dictionary, bare = permuted(planted(spiked), order), Activations(rows.inputs, rows.inputs)
     same = find_redundant(dictionary, rows)
     assert [sorted(order[i] for i in group) for group in same.clusters] == [[4, 5]]
