@@ -24,6 +24,7 @@ from sdl_explorer.diagnosis.examples import find_examples
 from sdl_explorer.diagnosis.groups import trace_groups
 from sdl_explorer.diagnosis.health import check_health
 from sdl_explorer.diagnosis.landscape import probe_landscape
+from sdl_explorer.diagnosis.meanings import suspect_polysemantic
 from sdl_explorer.diagnosis.pairs import count_pairs
 from sdl_explorer.diagnosis.patterns import trace_patterns
 from sdl_explorer.diagnosis.recovery import score_recovery
@@ -90,6 +91,7 @@ def found():
         absorbing.W_enc[[0, 11]] = family.truth.input_features[0] - 20 * family.truth.input_features[1]
     return {
         trace_patterns: trace_patterns(dictionary, rows),
+        suspect_polysemantic: suspect_polysemantic(dictionary, rows),
         trace_groups: trace_groups(dictionary, replace(rows, truth=None), n_clusters=4),
         Chosen(trace_causes, "latent", "primary_latent"): trace_causes(dictionary, rows, latent=8),
         Chosen(count_pairs, "latents", "selected_latents"): count_pairs(dictionary, rows, latents=(0, 3, 8, 11)),

@@ -16,6 +16,7 @@ from sdl_explorer.diagnosis.compare import Control
 from sdl_explorer.diagnosis.examples import activations_of, find_examples
 from sdl_explorer.diagnosis.groups import trace_groups
 from sdl_explorer.diagnosis.health import check_health
+from sdl_explorer.diagnosis.meanings import suspect_polysemantic
 from sdl_explorer.diagnosis.patterns import trace_patterns
 from sdl_explorer.diagnosis.recovery import score_recovery
 from sdl_explorer.session import JUDGE_ROWS
@@ -31,6 +32,7 @@ from sdl_explorer.widgets.intervene import CLASS, GIVEN, TRUE
 
 INTERVENTIONS = ("resample", "anchor", "realign", "release", "prune", "split", "unabsorb")
 NEED_TRUTH = (find_absorption, trace_patterns, score_recovery)
+STAND_IN = (trace_groups, suspect_polysemantic)
 KINDS = {"sae": "SAE", "transcoder": "Transcoder", "crosscoder": "Crosscoder"}
 
 
@@ -116,10 +118,10 @@ class Reader:
         return Look(**{name: getattr(state, name) for name in names}, head=self.session.head.id, n_latents=self.session.n_latents)
 
     def knows(self, finding) -> bool:
-        """Can this finding say anything here? Alignment needs truth, anchors or pins; groups stand in where there is no truth."""
+        """Can this finding say anything here? Alignment needs truth, anchors or pins; some stand in where there is no truth."""
         if finding is align:
             return bool(self.against)
-        return not self.has_truth if finding is trace_groups else self.has_truth or finding not in NEED_TRUTH
+        return not self.has_truth if finding in STAND_IN else self.has_truth or finding not in NEED_TRUTH
 
     @property
     def has_families(self) -> bool:

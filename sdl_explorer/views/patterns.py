@@ -8,6 +8,7 @@ import pandas as pd
 
 from sdl_explorer.diagnosis.groups import Groups, trace_groups
 from sdl_explorer.diagnosis.health import Health, check_health
+from sdl_explorer.diagnosis.meanings import Polysemanticity, suspect_polysemantic
 from sdl_explorer.diagnosis.patterns import POLY, Patterns, trace_patterns
 from sdl_explorer.views.alignment import count_image, rings, same_when_selected
 from sdl_explorer.views.frame import BRUSH, MAX_POINTS, TYPE, drawable, empty_table, finite, frame, limits, row_ticks, sample
@@ -24,15 +25,22 @@ NO_TRUE = "No true features: groups of rows instead, and a group is not a meanin
 # P2 ------------------------------------------------------------------------------------------------------------------
 
 
-@view("How many things does each latent mean?", id="P2", of=(trace_patterns, trace_groups, check_health), page="latents", cost="live")
-def selectivity(patterns, groups, health, look):
+@view(
+    "How many things does each latent mean?",
+    id="P2",
+    of=(trace_patterns, trace_groups, check_health, suspect_polysemantic),
+    page="latents",
+    cost="live",
+)
+def selectivity(patterns, groups, health, suspects, look):
     """One point per latent: how often it fires (x, logarithmic; silent ones in a gutter on the left) and the effective number of
     features behind its activation (y): 1 / sum of squared shares. Lines at 1 and 2.
 
     Without truth: groups of rows (anchors, labels or clusters) in place of features; the dotted line is a latent that fires alike
-    everywhere. Row k of the first `Points` is latent `selectivity.ids(patterns, groups, health, look)[k]`.
+    everywhere; candidates are those of `suspect_polysemantic`, shown where that is right more often than not on benches of this
+    coherence. Row k of the first `Points` is latent `selectivity.ids(patterns, groups, health, suspects, look)[k]`.
     """
-    points, theme = selectivity_points(patterns, groups, health), look.theme
+    points, theme = selectivity_points(patterns, groups, health, suspects), look.theme
     drawn = points.iloc[_drawn(points, look)]
     gutter = _gutter((patterns if patterns is not None else groups).n_samples)
     top = max(2.2, limits([0, *finite(points["y"])])[1])
@@ -61,15 +69,15 @@ def selectivity(patterns, groups, health, look):
 
 
 @selectivity.title
-def _(patterns, groups, health, look):
+def _(patterns, groups, health, suspects, look):
     return selectivity.question if patterns is not None or groups is None else f"Over how many {_noun(groups)}s does each latent spread?"
 
 
 @selectivity.reading
-def _(patterns, groups, health, look):
+def _(patterns, groups, health, suspects, look):
     if patterns is None and groups is None:
         return NOT_COMPUTED
-    points = selectivity_points(patterns, groups, health)
+    points = selectivity_points(patterns, groups, health, suspects)
     firing = points[(points["firing_rate"] > 0) & np.isfinite(points["effective"])]
     if patterns is None:
         some = (
@@ -78,7 +86,8 @@ def _(patterns, groups, health, look):
             else ""
         )
         where = f"Activation over {plural(groups.n_groups, _noun(groups))}"
-        return f"{_counted(points)}. {where}: {some or 'no latent fires'}. {NO_TRUE}"
+        suspected = "" if suspects is None else f" Detector: {suspects.reading}."
+        return f"{_counted(points)}. {where}: {some or 'no latent fires'}. {NO_TRUE}{suspected}"
     if firing.empty:
         return f"{_counted(points)}. No latent fires."
     worst = firing.loc[firing["effective"].idxmax()]
@@ -87,30 +96,32 @@ def _(patterns, groups, health, look):
 
 
 @selectivity.table
-def _(patterns, groups, health, look):
+def _(patterns, groups, health, suspects, look):
     if patterns is None and groups is None:
         return empty_table("latent", "status", "firing_rate", "effective")
-    return selectivity_points(patterns, groups, health).drop(columns=["x", "y"])
+    return selectivity_points(patterns, groups, health, suspects).drop(columns=["x", "y"])
 
 
 @selectivity.empty
-def _(patterns, groups, health, look):
+def _(patterns, groups, health, suspects, look):
     return NOT_COMPUTED if patterns is None and groups is None else None
 
 
 @selectivity.ids
-def _(patterns, groups, health, look):
-    points = selectivity_points(patterns, groups, health)
+def _(patterns, groups, health, suspects, look):
+    points = selectivity_points(patterns, groups, health, suspects)
     return points["latent"].to_numpy()[_drawn(points, look)]
 
 
-def selectivity_points(patterns: Patterns | None, groups: Groups | None, health: Health | None) -> pd.DataFrame:
+def selectivity_points(
+    patterns: Patterns | None, groups: Groups | None, health: Health | None, suspects: Polysemanticity | None
+) -> pd.DataFrame:
     """One row per latent, in order: status, rate, effective number of features or groups, and its place (x, y)."""
     found = patterns if patterns is not None else groups
     rate, n = found.firing_rate, found.n_samples
     effective = patterns.effective_features if patterns is not None else groups.effective_groups
     silent = np.where(True if health is None else health.dead, "dead", "unseen")
-    status = patterns.status if patterns is not None else np.where(rate > 0, "alive", silent)
+    status = patterns.status if patterns is not None else np.where(rate > 0, np.where(_suspected(suspects), "candidate", "alive"), silent)
     x = np.log10(np.maximum(rate, 1 / n))
     silent_ones = np.flatnonzero(rate == 0)  # side by side in the gutter
     x[silent_ones] = _gutter(n) + np.linspace(-0.2, 0.2, len(silent_ones) + 2)[1:-1]
@@ -125,7 +136,14 @@ def selectivity_points(patterns: Patterns | None, groups: Groups | None, health:
     if patterns is not None:
         own = {"selectivity": patterns.selectivity, "participation": patterns.participation}
         table |= own | {"features_alone": np.diff(patterns.fires.indptr), "capacity": patterns.latent_capacity}
+    elif suspects is not None:
+        table |= {"score": suspects.score, "judged": suspects.judged}
     return pd.DataFrame(table)
+
+
+def _suspected(suspects: Polysemanticity | None) -> np.ndarray:
+    """A detector that is wrong more often than right, or was never measured, names nobody."""
+    return np.array(False) if suspects is None or not suspects.worth.confident else suspects.candidate
 
 
 def _drawn(points: pd.DataFrame, look: Look) -> np.ndarray:

@@ -80,6 +80,16 @@ _PATTERNS = (  # of a latent by what fires it
     STATUSES["unseen"],
     Token("poly", "Polysemantic", "1.5 features in effect, or more, drive it", "#D55E00", "#D55E00", "▲", "triangle"),
     Token("mono", "Monosemantic", "fewer than 1.5 features in effect drive it", "#0072B2", "#56B4E9", "●", "circle"),
+    Token(
+        "candidate",
+        "Polysemantic candidate",
+        "its rows look like two kinds; no truth was seen",
+        "#D55E00",
+        "#D55E00",
+        "△",
+        "triangle",
+        hollow=True,
+    ),
     Token("alive", "Alive", "it fires; nobody knows for how many features", "#333333", "#E6E6E6", "+", "cross"),
 )
 PATTERNS: dict[str, Token] = {t.name: t for t in _PATTERNS}
