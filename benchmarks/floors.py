@@ -64,9 +64,9 @@ def main() -> None:
     torch.set_num_threads(1)
     table = pd.DataFrame([floors(*size) for size in SIZES])
     head = (
-        f"`python benchmarks/floors.py`, some seconds of one CPU core ({platform.machine()}, torch {torch.__version__}); each size has seeds "
-        "of its own. The last line has the size of arXiv 2512.05534, table 1, where a ReLU SAE is printed with 0.205 (encoder, absolute "
-        f"cosines): {table['MMCS, absolute'].iloc[-1]:.3f} is what rows that know nothing score."
+        f"`python benchmarks/floors.py`, some seconds of one CPU core ({platform.machine()}, torch {torch.__version__}); each size has "
+        "seeds of its own. The last line has the size of arXiv 2512.05534, table 1, where a ReLU SAE is printed with 0.205 (encoder, "
+        f"absolute cosines): {table['MMCS, absolute'].iloc[-1]:.3f} is what rows that know nothing score."
     )
     OUT.write_text("\n\n".join(["# Floors: what random dictionaries score", head, markdown_table(table)]) + "\n")
     print(table.to_string())
