@@ -31,6 +31,7 @@ from sdl_explorer.diagnosis.compare import Control
 from sdl_explorer.diagnosis.continuation import continued_method
 from sdl_explorer.diagnosis.explain import Verdict, explain
 from sdl_explorer.diagnosis.preflight import Preflight, preflight
+from sdl_explorer.diagnosis.theory_seeds import Seeds, seed_steps
 from sdl_explorer.models.dictionary import SparseDictionary
 from sdl_explorer.models.methods import Method, TopK
 from sdl_explorer.models.rewrites import scaled
@@ -146,6 +147,7 @@ class Session(Settings):
         self.preflight = found
         self.pulses: list[Callable[[], None]] = []
         self.last_control: Control | None = None
+        self.last_seeds: Seeds | None = None
         self.folder: Path | None = None
         self._lock: RunLock | None = None
         self._temporary: weakref.finalize | None = None
@@ -385,6 +387,32 @@ class Session(Settings):
         if self.folder is not None:
             write_control(self.folder, self.last_control)
         return self.last_control
+
+    def train_seeds(self, n_steps: int, runs: int = 5) -> Seeds:
+        """Pairs of runs from other seeds, with the anchors that are held here and without; `check_theory` then reads them (T7).
+
+        All have this session's settings, and start from fresh weights: the session is left as it was. stop() ends it (raises `Stopped`).
+        """
+        n_steps, runs, pins = _count("train_seeds: n_steps", n_steps), _count("train_seeds: runs", runs), self.pins
+        if pins is None:
+            raise ValueError("train_seeds: nothing is anchored here (pins=None); anchor some latents first.")
+        if not self.running:
+            self._stop.clear()
+
+        def tell(done: float) -> None:
+            if self._stop.is_set():
+                raise Stopped(f"train_seeds: stopped at {done:.0%}; nothing is kept.")
+            if self.snapshot.job is None or done - self.snapshot.job.done > 0.02:
+                self._note({"job": Job("seeds", done)})
+
+        settings = {"batch_size": self.batch_size, "lr": self.lr, "seed": self.seed, "device": self.device, "tell": tell}
+        settings |= {"n_steps": n_steps, "runs": runs, "weight": float(pins.weight.mean())}
+        work = seed_steps(self.source, method_of(self._settings()), self.n_latents, pins.anchors, **settings)
+        try:
+            self.last_seeds = self._wait(self._lane.start(self, work))
+        finally:
+            self._note({"job": None})
+        return self.last_seeds
 
     def trial(self, intervention: Intervention, candidates, n_steps: int = 200, *, seed: int = 0, n: int = JUDGE_ROWS) -> Trial:
         """One run in which chance gives each candidate the intervention, its sham (random directions) or nothing; see `Trial`.
@@ -684,7 +712,7 @@ class Session(Settings):
     def _known(self, view: dict[str, Any], rows: Activations) -> dict[str, Any]:
         """What findings are told beside the weights."""
         told = {name: view[name] for name in ("samples_since_fired", "dead_after", "pins")}
-        return told | {"anchors": self.anchors if rows.truth is None else None}
+        return told | {"anchors": self.anchors if rows.truth is None else None, "seeds": self.last_seeds}
 
     @property
     def _root(self) -> Path:

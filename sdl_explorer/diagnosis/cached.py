@@ -31,14 +31,14 @@ class CachedFindings:
     ) -> list:
         """The results in order. Each finding gets the settings that it declares, out of `known` (where not
         None) and `settings`; a setting that none declares raises TypeError. `state` names the weights and
-        what is known of them; of `known`, the anchors alone can change beside it. `kept()` gives the codes of
+        what is known of them; of `known`, the anchors and seeds alone can change beside it. `kept()` gives the codes of
         these rows that outlived an earlier pass; it is asked where something is missing."""
         unknown = set(settings) - set().union(*(declared_settings(f) for f in findings))
         if unknown:
             raise TypeError(f"find: no finding in {[f.__name__ for f in findings]} takes {sorted(unknown)}.")
         offered = {name: value for name, value in known.items() if value is not None} | settings
         requests = {f: {k: v for k, v in offered.items() if k in declared_settings(f)} for f in findings}
-        told = set(settings) | {"anchors"}
+        told = set(settings) | {"anchors", "seeds"}
         keys = {f: (state, f, rows.n, *((k, _token(v)) for k, v in sorted(requests[f].items()) if k in told)) for f in findings}
         with self._guard:
             found = {f: self._found[keys[f]] for f in findings if keys[f] in self._found}

@@ -1,6 +1,6 @@
 """The spread of what training finds over seeds, with anchors and without: the half of T7 that no count of equations gives."""
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from itertools import combinations
 from typing import NamedTuple
@@ -81,10 +81,12 @@ def seed_steps(
     lr: float | int = 1e-3,
     seed: int = 0,
     device: str = "cpu",
-) -> Generator[float, None, Seeds]:
-    """Train `runs` pairs from seeds seed + 1, seed + 2, ..., a step for each `next()`, which gives the share done; returns `Seeds`.
+    tell: Callable[[float], None] = lambda done: None,
+) -> Generator[None, None, Seeds]:
+    """Train `runs` pairs from seeds seed + 1, seed + 2, ..., a step for each `next()`; returns `Seeds`.
 
-    The first latents of one of each pair start at the anchors and are held to them. Pair r reads data order r.
+    `tell` hears the share done after each step; an exception in it cancels. The first latents of one of each pair start at the anchors
+    and are held to them. Pair r reads data order r.
     """
     if not 1 <= len(anchors) <= n_latents:
         raise ValueError(f"train_seeds: {len(anchors)} anchors and {n_latents} latents; give at least one anchor and a latent for each.")
@@ -100,7 +102,8 @@ def seed_steps(
             steps = train(state, method, source, batch_size=batch_size, order=r)
             for step in range(n_steps):
                 next(steps)
-                yield (sum(map(len, arms.values())) + (step + 1) / n_steps) / (2 * runs)
+                tell((sum(map(len, arms.values())) + (step + 1) / n_steps) / (2 * runs))
+                yield
             arms[held].append(state.dictionary.eval().requires_grad_(False))
     return Seeds(tuple(arms[True]), tuple(arms[False]), anchors, n_steps)
 

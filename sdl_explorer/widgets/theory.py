@@ -4,7 +4,11 @@ import panel as pn
 
 from sdl_explorer.diagnosis.theory import check_theory
 from sdl_explorer.views.theory import theory_html
-from sdl_explorer.widgets.kit import Html, Text, sheet
+from sdl_explorer.widgets.kit import Html, Text, button, row, sheet
+
+STEPS, PAIRS = 500, 5
+SEEDS = f"T7: train {PAIRS} pairs of seeds, {STEPS} steps each"
+NO_PINS = "T7 compares seeds with anchors and without; anchor some latents on the Intervene page first."
 
 
 class TheoryCards(pn.viewable.Viewer):
@@ -14,7 +18,10 @@ class TheoryCards(pn.viewable.Viewer):
         self.title = Text("What does each theorem assume, and what does it say?", tag="h2", css_classes=["sdlx-title"])
         self.stamp = Text("Waiting for the first numbers.", tone="quiet", css_classes=["sdlx-stamp"])
         self.cards = Html("", on_pick=self._pick, css_classes=["sdlx-theory"])
-        self._view = sheet(self.title, self.cards, self.stamp, name="card-theory")
+        self.seeds = button(SEEDS, "seeds", self._train)
+        self.cancel = button("Stop", "seeds-stop", lambda event: host.session.stop(wait=False), visible=False)
+        self.said = Text("", role="status", tone="quiet", css_classes=["sdlx-seeds-said"])
+        self._view = sheet(self.title, self.cards, row(self.seeds, self.cancel), self.said, self.stamp, name="card-theory")
 
     def __panel__(self):
         return self._view
@@ -23,6 +30,7 @@ class TheoryCards(pn.viewable.Viewer):
         return [check_theory], []
 
     def refresh(self) -> None:
+        self._show_job()
         found, look = self.host.findings.now(check_theory), self.host.look()
         key = (found and found.serial, look.theme, self.host.snapshot.step)
         if found is None or key == self._drawn:
@@ -35,6 +43,15 @@ class TheoryCards(pn.viewable.Viewer):
         self.cards.html = theory_html(self._cards, look)
         now = self.host.snapshot.step
         self.stamp.text = f"computed at step {found.step}" + (f" · the model is at step {now} now" if found.step != now else "")
+
+    def _show_job(self) -> None:
+        job, held = self.host.snapshot.job, self.host.pins() is not None
+        self.seeds.disabled = not held or job is not None or self.host.snapshot.running or not self.host.has_truth
+        self.cancel.visible = job is not None and job.name == "seeds"
+        self.said.text = f"{job.name}: {job.done:.0%}" if self.cancel.visible else "" if held else NO_PINS
+
+    async def _train(self, event=None) -> None:
+        await self.host.do(self.host.session.train_seeds, STEPS, PAIRS)
 
     def _pick(self, pick: str) -> None:
         card, _, kind = pick.partition(" ")
