@@ -115,7 +115,7 @@ class _Suspect(Accumulator):
         rows, codes = self.reservoir.arrays()
         n_latents, fires = len(rows), moments.count.numpy()
         judged = fires >= FEWEST
-        found = {name: np.zeros(n_latents) for name in ("score", "null", "smaller", "mode_cosine")}
+        found: dict[str, np.ndarray] = {name: np.zeros(n_latents) for name in ("score", "null", "smaller", "mode_cosine")}
         found |= {"partners": np.full((n_latents, 2), -1), "partner_cosine": np.zeros((n_latents, 2))}
         found["kind"] = np.full(rows.shape, -1, dtype=np.int8)
         live = torch.as_tensor(np.flatnonzero(fires), device=dictionary.device)
