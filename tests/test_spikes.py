@@ -18,6 +18,7 @@ from sdl_explorer import (
     find_absorption,
     precision_on_spikes,
     score_recovery,
+    suspect_absorption,
     trace_causes,
     trace_patterns,
 )
@@ -424,5 +425,10 @@ def test_findings_without_truth_say_how_right_they_are_on_spikes(spiked, rows, o
     poly = suspect_polysemantic(dictionary, rows)
     assert poly.on_spikes == precision_on_spikes(dictionary, rows, np.flatnonzero(poly.candidate), "polysemantic")
     assert poly.candidate[order.index(2)] and poly.on_spikes.hits == 1 and "precision on spike-ins here" in poly.reading
+    taken = suspect_absorption(dictionary, rows)
+    named = [(c.parent, c.child) for c in taken.candidates]
+    assert taken.on_spikes == precision_on_spikes(dictionary, rows, named, "absorbed")
+    assert (taken.on_spikes.hits, taken.on_spikes.recall) == (1, 1) and "; precision on spike-ins here: " in repr(taken)
+    assert suspect_absorption(dictionary, bare).on_spikes is None
     for found, unspiked in ((same, find_redundant(dictionary, bare)), (poly, suspect_polysemantic(dictionary, bare))):
         assert unspiked.on_spikes is None and "spike" not in repr(unspiked) and found.coherence == unspiked.coherence

@@ -12,6 +12,7 @@ from sdl_explorer.diagnosis.absorption import Absorption
 from sdl_explorer.diagnosis.candidates_pairs import MOST, Codes, Contained, Containment, Near, Together, sums_of
 from sdl_explorer.diagnosis.observe import Accumulator, Rows, Stream, finding, observe
 from sdl_explorer.diagnosis.sparse import Csr, like, row_sums
+from sdl_explorer.diagnosis.spiked import OnSpikes, judge_of
 from sdl_explorer.models.dictionary import SparseDictionary
 
 ATTENUATED = 0.6  # of its usual activation, up to which a parent has gone silent or weak
@@ -85,6 +86,7 @@ class Suspects:
     coherence      mean |cos| of two live latents' decoder rows
     crosstalk      what other latents write along one that fires, of its code: the measured predictor of when candidates are wrong
     n_samples      rows read
+    on_spikes      how often candidates are right here, among latents that stand for spike-ins; None where rows have none
     """
 
     candidates: tuple[Candidate, ...]
@@ -99,13 +101,15 @@ class Suspects:
     crosstalk: float
     n_samples: int
     n_latents: int
+    on_spikes: OnSpikes | None = None
 
     status = "candidate"
 
     def __repr__(self) -> str:
+        spikes = "" if self.on_spikes is None else f"; {self.on_spikes}"
         return (
             f"Suspects({len(self.candidates)} candidates of {len(self.examined.score):,} pairs on {self.n_samples:,} rows, "
-            f"crosstalk={self.crosstalk:.2f}{'' if self.reliable else ': not reliable'})"
+            f"crosstalk={self.crosstalk:.2f}{'' if self.reliable else ': not reliable'}{spikes})"
         )
 
     @property
@@ -134,6 +138,7 @@ class _Suspicion(Accumulator):
         if not 0 < min_cosine < 1:
             raise ValueError(f"suspect_absorption: min_cosine is {min_cosine:g}; give a cosine above 0 and below 1.")
         self.least, self.min_cosine, self.near, self.codes = least, min_cosine, near, stream.share(Codes)
+        self.spikes = judge_of(stream)
 
     def add(self, rows: Rows) -> None:
         """The codes are collected by `Codes`, once for every finding that reads them."""
@@ -163,6 +168,7 @@ class _Suspicion(Accumulator):
             crosstalk=self.codes.crosstalk,
             n_samples=self.codes.n,
             n_latents=dictionary.n_latents,
+            on_spikes=self.spikes and self.spikes.judge(named, "absorbed"),
         )
 
     def _look(self, codes: Csr, near: Near, scores: "_Scores", pair: int) -> tuple[Candidate, np.ndarray]:
