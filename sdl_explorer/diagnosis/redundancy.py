@@ -87,7 +87,8 @@ class Redundancy:
     @cached_property
     def clusters(self) -> tuple[Int[np.ndarray, " n_members"], ...]:
         """The clusters of duplicates, as ids, the largest first."""
-        groups = [np.flatnonzero(self.cluster == c) for c in range(self.cluster.max(initial=-1) + 1)]
+        order = np.argsort(self.cluster, kind="stable")[int((self.cluster < 0).sum()) :]
+        groups = np.split(order, np.flatnonzero(np.diff(self.cluster[order])) + 1) if len(order) else []
         return tuple(sorted(groups, key=lambda members: (-len(members), members[0])))
 
     @property
