@@ -20,6 +20,7 @@ from sdl_explorer.views.absorption import MAX_EDGES, edge_table, holes, recalls,
 from sdl_explorer.views.candidates import candidate_forest, candidate_pair
 from sdl_explorer.views.look import Look
 from sdl_explorer.views.theme import EDGES
+from sdl_explorer.widgets.absorbed import Absorbed
 from tests.test_theme import BACKGROUND, MACHADO, THEMES, ciede2000, contrast, lab
 
 N, WIDTH = 400, 60
@@ -329,6 +330,47 @@ def test_a_row_of_the_tree_is_a_selection(explorer):
     assert set(explorer.state.twins) == {"H1", "H2", "H3", "H4", "H5", "H6"}
     explorer.desk.select(features=(2,))
     assert explorer.state.primary_feature == 2
+
+
+def test_buttons_open_the_forms_with_the_edge_in_front(explorer, monkeypatch):
+    """Anchor parent, Split off child: the selection is theirs, and nothing is planned."""
+    frame = explorer.__panel__()
+    explorer.state.page = "Absorption"
+    explorer.desk.settle()
+    part = next(part for part in frame.shown.parts if isinstance(part, Absorbed))
+    found, called = explorer.desk.value(find_absorption), []
+    edge = found.edges[0]._replace(kind="absorbed", absorber=5)
+    monkeypatch.setattr(explorer.desk, "value", lambda finding: replace(found, edges=(edge,)) if finding is find_absorption else None)
+    monkeypatch.setattr(explorer.desk, "call", called.append)
+    part.refresh()
+    assert part.said.text == "Latent 5 writes parent 0 where child 0.0 is active."
+    assert not (part.anchor.disabled or part.split.disabled or part.retrain.disabled)
+    part._anchor()
+    assert explorer.state.primary_feature == 0
+    part._split()
+    assert explorer.state.selected_latents == (5,) and called == ["anchor", "unabsorb"]
+    assert explorer.desk.plan is None and explorer.session.head.kind != "unabsorb"
+    monkeypatch.setattr(explorer.desk, "value", lambda finding: None)
+    part.refresh()
+    assert part.anchor.disabled and part.split.disabled and part.said.text == "No absorber."
+
+
+def test_without_truth_the_buttons_follow_the_candidate():
+    from sdl_explorer import Explorer, Session, Stored
+
+    rows = family()
+    with Session(Stored(rows.inputs, keep=torch.ones(N, dtype=torch.bool)), dictionary=absorbing(rows, (1, 3))) as session:
+        explorer = Explorer(session)
+        frame = explorer.__panel__()
+        explorer.state.page = "Absorption"
+        explorer.desk.settle()
+        part = next(part for part in frame.shown.parts if isinstance(part, Absorbed))
+        part.refresh()
+        found = session.find(suspect_absorption, least=2)
+        assert part.anchor.disabled
+        assert part.split.disabled == (not session.find(suspect_absorption).candidates)
+        assert {c.parent for c in found.candidates} == {0}
+        explorer.close()
 
 
 def test_flat_data_and_data_without_truth_have_the_candidates():

@@ -3,6 +3,7 @@
 from sdl_explorer.registry import members
 from sdl_explorer.training.interventions import Intervention
 from sdl_explorer.views.view import find_view, views
+from sdl_explorer.widgets.absorbed import Absorbed
 from sdl_explorer.widgets.card import Card
 from sdl_explorer.widgets.control import ControlForm
 from sdl_explorer.widgets.examples import ExampleCards
@@ -61,7 +62,7 @@ class FamilyCard(Card):
 def _absorption(host):
     of_truth = [FamilyCard(host, find_view(id)) for id in ("H1", "H2", "H3", "H4")]
     suspected = cards(host, "absorption", leave_out=[card.view.id for card in of_truth])
-    return [*of_truth, *suspected] if host.has_families else [*suspected, *of_truth]
+    return [*of_truth, Absorbed(host), *suspected] if host.has_families else [*suspected, Absorbed(host), *of_truth]
 
 
 def _landscape(host):

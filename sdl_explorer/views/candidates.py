@@ -76,7 +76,8 @@ def candidate_forest(found, look):
         colour = MUTED[theme] if grey else TEXT[theme]
         layers += [hv.Labels(part, ["x", "y"], "text").opts(text_color=colour, text_align="left", **TYPE) for part in (names, words)]
     layers += [sample("candidate: a child that may hold its parent", "diamond", EDGES["partly absorbed"].colour(theme), 0.0)]
-    layers += [sample("fires only inside the one above: no candidate", "circle", MUTED[theme])]
+    if found.contained:
+        layers += [sample("fires only inside the one above: no candidate", "circle", MUTED[theme])]
     return frame(
         hv.Overlay(layers),
         look,
@@ -133,7 +134,7 @@ def candidate_pair(found, look):
     """The codes of one candidate pair: rows on which the child fires (filled), and rows of the parent without it (hollow). On the dashed
     line parent and child together write as much along the parent as its latent does without the child. Filled marks along the line are
     what absorption looks like; a cloud over the whole plot is not. Shows the pair of the selected latent, or the best."""
-    at = _chosen(found, look)
+    at = chosen_candidate(found, look)
     edge, points, theme = found.candidates[at], found.points[at], look.theme
     layers: list = []
     for with_child, word in ((True, "the child fires"), (False, "the parent without it")):
@@ -163,7 +164,7 @@ def _(found, look):
     why = candidate_pair.empty(found, look)
     if why is not None:
         return why
-    edge = found.candidates[_chosen(found, look)]
+    edge = found.candidates[chosen_candidate(found, look)]
     warned = "" if found.reliable else f" {crowded(found.crosstalk, found.coherence)}"
     return (
         f"Candidate: {_told(edge)}. Latent {edge.parent} fires on {edge.given_child:.0%} of latent {edge.child}'s "
@@ -177,7 +178,7 @@ def _(found, look):
 def _(found, look):
     if candidate_pair.empty(found, look):
         return empty_table(*POINTS)
-    points = found.points[_chosen(found, look)]
+    points = found.points[chosen_candidate(found, look)]
     which = np.where(points[:, 1] > 0, "the child", "the parent alone")
     return pd.DataFrame({"rows of": which, "child": points[:, 1], "parent": points[:, 0]})
 
@@ -235,8 +236,8 @@ def _elbow(rows: list[_Row], k: int) -> list[tuple[float, float]]:
     return [(x, -rows[k].above - 0.3), (x, -float(k)), (INDENT * rows[k].depth - 0.012, -float(k))]
 
 
-def _chosen(found: Suspects, look: Look) -> int:
-    """The candidate whose child, or else whose parent, is the primary latent; else the best."""
+def chosen_candidate(found: Suspects, look: Look) -> int:
+    """Place of the candidate whose child, or else whose parent, is the primary latent; else the best."""
     mine = [k for k, edge in enumerate(found.candidates) if edge.child == look.primary_latent]
     mine += [k for k, edge in enumerate(found.candidates) if edge.parent == look.primary_latent]
     return mine[0] if mine else 0
@@ -244,7 +245,7 @@ def _chosen(found: Suspects, look: Look) -> int:
 
 def _beside(edge: Candidate) -> str:
     return (
-        f"candidate: {edge.absorbed:.0%} of latent {edge.parent}, of which {edge.attenuation:.2f} is left; together {edge.completion:.2f}; "
+        f"candidate: takes {edge.absorbed:.0%} of latent {edge.parent}, leaves {edge.attenuation:.2f}, together {edge.completion:.2f}; "
         f"score {edge.score:.2f}"
     )
 
