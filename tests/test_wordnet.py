@@ -66,18 +66,20 @@ def test_a_missing_file_says_where_to_get_it(tmp_path):
 def test_a_file_that_is_cut_short_inside_a_line(tmp_path):
     path = write(tmp_path / "data.noun")
     path.write_bytes(path.read_bytes()[:-30])
-    with pytest.raises(ValueError, match="line 10 of .*cut short"):
+    with pytest.raises(ValueError, match=r"line 10 of .*cut short"):
         read_nouns(path)
 
 
 def test_a_file_that_is_cut_short_between_lines(tmp_path):
     last_first = dict(reversed(TREE.items()))
     del last_first[1]
-    with pytest.raises(ValueError, match="hypernym 00000001 of .* is not in .*cut short"):
+    with pytest.raises(ValueError, match=r"hypernym 00000001 of .* is not in .*cut short"):
         read_nouns(write(tmp_path / "data.noun", last_first))
 
 
-@pytest.mark.parametrize("text", ["", LICENCE, "word,gloss\ndog,an animal\n", "00001740 29 v 01 breathe 0 000 | draw air\n", "\x00\x01\xff"])
+@pytest.mark.parametrize(
+    "text", ["", LICENCE, "word,gloss\ndog,an animal\n", "00001740 29 v 01 breathe 0 000 | draw air\n", "\x00\x01\xff"]
+)
 def test_a_foreign_file(tmp_path, text):
     path = tmp_path / "data.noun"
     path.write_text(text, encoding="latin-1")
@@ -169,7 +171,9 @@ def test_labels_are_a_tree_of_concepts():
     assert concepts.names == ("animal", "bird", "owl", "fish", "label 7", "tool")
     assert concepts.parents == (None, 0, 1, 0, None, None)
     assert concepts.children(0) == (1, 3)
-    expected = np.array([[1, 1, 1, 0, 0, 0], [1, 0, 0, 1, 0, 0], [0, 0, 0, 0, 0, 1], [1, 1, 0, 0, 0, 0], [1, 1, 1, 0, 0, 0], [0, 0, 0, 0, 1, 0]])
+    expected = np.array(
+        [[1, 1, 1, 0, 0, 0], [1, 0, 0, 1, 0, 0], [0, 0, 0, 0, 0, 1], [1, 1, 0, 0, 0, 0], [1, 1, 1, 0, 0, 0], [0, 0, 0, 0, 1, 0]]
+    )
     np.testing.assert_array_equal(concepts.member, expected.astype(bool))
 
 

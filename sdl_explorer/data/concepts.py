@@ -39,7 +39,7 @@ class Concepts:
         """A concept for every label and for everything above one. A label without a name is "label 3", and a root."""
         labels = np.asarray(labels, dtype=np.int64)
         used, which = np.unique(labels, return_inverse=True)
-        lines = [_above(label_names[i] if 0 <= i < len(label_names) else f"label {i}") for i in used]
+        lines = [_above(str(label_names[i]) if 0 <= i < len(label_names) else f"label {i}") for i in used.tolist()]
         paths = tuple(sorted({path for line in lines for path in line}))
         place = {path: i for i, path in enumerate(paths)}
         holds = np.zeros((len(used), len(paths)), dtype=bool)

@@ -219,7 +219,7 @@ def embed_glosses(glosses: Glosses, folder, batch_size: int = 64) -> Stored:
     if (folder / MANIFEST).exists():
         kept = Stored(folder)
         same = kept.examples is not None and [d[0] for d in kept.examples.documents] == list(glosses.shown)
-        if not same or kept.label_names != label_names or not torch.equal(kept.labels, labels):
+        if not same or kept.labels is None or kept.label_names != label_names or not torch.equal(kept.labels, labels):
             raise ValueError(f"embed_glosses: {folder} holds other glosses. Give each choice of glosses a folder of its own.")
         return kept
     model, tokenizer = load_minilm()

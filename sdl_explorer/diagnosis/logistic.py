@@ -37,11 +37,10 @@ class Probes:
 def fit_probes(source: Tensor, targets: Tensor, member: np.ndarray, fold: np.ndarray, pulse: Callable[[], None]) -> Probes:
     """L2 logistic regressions of membership on the targets, once for the same rows of the same `source` tensor."""
     key = (len(targets), member.tobytes(), fold.tobytes())
-    memory = _KNOWN.setdefault(source, {})
-    if key not in memory:
-        memory.clear()
-        memory[key] = _fit(targets, member, fold, pulse)
-    return memory[key]
+    known = _KNOWN.get(source)
+    if known is None or known[0] != key:
+        known = _KNOWN[source] = key, _fit(targets, member, fold, pulse)
+    return known[1]
 
 
 def _fit(targets: Tensor, member: np.ndarray, fold: np.ndarray, pulse: Callable[[], None]) -> Probes:
@@ -69,30 +68,40 @@ def _fit(targets: Tensor, member: np.ndarray, fold: np.ndarray, pulse: Callable[
 
 @dataclass(frozen=True, eq=False)
 class MainLatents:
-    """The few latents that tell a concept best, and the regression on them."""
+    """The few latents that tell a concept best, and a logistic regression on their codes: z . weights + bias > 0."""
 
     latents: tuple[int, ...]
-    model: object
+    weights: np.ndarray
+    bias: float
 
     @classmethod
     def choose(cls, codes: sparse.csr_array, mine: np.ndarray, most: int, jump: float) -> "MainLatents":
         """k-sparse probing: the k latents with the largest weights in an L1 regression, k as long as F1 grows by `jump`."""
         from sklearn.linear_model import LogisticRegression
 
-        order = rank_latents(codes, mine)[:most]
-        best, before = None, -np.inf
+        if mine.all() or not mine.any():
+            return cls((), np.zeros(0), 0.0)
+        order, scale = rank_latents(codes, mine)[:most], _scale(codes)
+        best, before = cls((), np.zeros(0), 0.0), -np.inf
         for k in range(1, len(order) + 1):
-            some = codes[:, order[:k]].toarray() / _scale(codes)
-            model = LogisticRegression(solver="liblinear", class_weight="balanced").fit(some, mine)
-            f1 = f1_score(mine, model.predict(some))
-            if best is not None and f1 - before < jump:
+            some = codes[:, order[:k]].toarray()
+            model = LogisticRegression(solver="liblinear", class_weight="balanced").fit(some / scale, mine)
+            more = cls(tuple(int(i) for i in order[:k]), model.coef_[0] / scale, float(model.intercept_[0]))
+            f1 = f1_score(mine, more.predict(codes))
+            if f1 - before < jump:
                 break
-            best, before = cls(tuple(int(i) for i in order[:k]), (model, _scale(codes))), f1
+            best, before = more, f1
         return best
 
     def predict(self, codes: sparse.csr_array) -> np.ndarray:
-        model, scale = self.model
-        return model.predict(codes[:, list(self.latents)].toarray() / scale)
+        return np.greater(self._mine(codes) @ self.weights, -self.bias)
+
+    def fire(self, codes: sparse.csr_array) -> np.ndarray:
+        """On which rows one of them fires."""
+        return (self._mine(codes) > 0).any(axis=1)
+
+    def _mine(self, codes: sparse.csr_array) -> np.ndarray:
+        return codes[:, list(self.latents)].toarray()
 
 
 def rank_latents(codes: sparse.csr_array, mine: np.ndarray) -> np.ndarray:
@@ -100,13 +109,13 @@ def rank_latents(codes: sparse.csr_array, mine: np.ndarray) -> np.ndarray:
     is most above its mean elsewhere."""
     from sklearn.linear_model import LogisticRegression
 
-    scaled = codes / _scale(codes)
+    scaled = sparse.csr_array(codes / _scale(codes))
     lasso = LogisticRegression(
         C=1 / (L1 * len(mine)), solver="liblinear", class_weight="balanced", tol=1e-4, max_iter=1_000, random_state=0
     )
     lasso.set_params(**_l1_penalty(LogisticRegression))
     weights = lasso.fit(scaled, mine).coef_[0]
-    above = scaled[mine].mean(axis=0) - scaled[~mine].mean(axis=0)
+    above = mine @ scaled / max(mine.sum(), 1) - ~mine @ scaled / max((~mine).sum(), 1)
     order = np.lexsort((-above, -weights))
     return order[weights[order] > 0] if weights.max() > 0 else np.array([int(above.argmax())])
 

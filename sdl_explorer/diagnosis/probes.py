@@ -222,7 +222,7 @@ class _Look:
             main = MainLatents.choose(self.codes[~test], mine[~test], most_main, f1_jump)
             chosen.append(main.latents)
             guess[test] = main.predict(self.codes[test])
-            fires[test] = self.codes[test][:, list(main.latents)].max(axis=1).toarray().ravel() > 0
+            fires[test] = main.fire(self.codes[test])
             tested = np.flatnonzero(test & mine & said)
             if len(tested):
                 parts.append(self._judge(tested, self.probes.direction[fold, column], main.latents, fires[tested]))
