@@ -66,7 +66,7 @@ class _Finder(Accumulator):
         if truth is None:
             raise ValueError(
                 "find_absorption looks at parents and children of the truth, and these activations have none (truth=None). "
-                "Use HierarchyBench or SynthBench."
+                "Use HierarchyBench or SynthBench, or suspect_absorption, which needs no truth."
             )
         if least < 1:
             raise ValueError(f"find_absorption: least is {least}; an edge needs at least 1 row with the child and 1 without.")

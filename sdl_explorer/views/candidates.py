@@ -99,7 +99,7 @@ def _(found, look):
     why = candidate_forest.empty(found, look)
     if why is not None:
         return why
-    warned = "" if found.reliable else f" {crowded(found.crosstalk, found.coherence)}"
+    warned = _warned(found)
     if not found.candidates:
         return f"{NO_CANDIDATES} {_examined(found)}{warned}"
     return f"{_counted(found)} Best: {_told(found.candidates[0])}.{warned}"
@@ -165,7 +165,7 @@ def _(found, look):
     if why is not None:
         return why
     edge = found.candidates[chosen_candidate(found, look)]
-    warned = "" if found.reliable else f" {crowded(found.crosstalk, found.coherence)}"
+    warned = _warned(found)
     return (
         f"Candidate: {_told(edge)}. Latent {edge.parent} fires on {edge.given_child:.0%} of latent {edge.child}'s "
         f"{plural(edge.n_child, 'row')}, latent {edge.child} on {edge.given_parent:.0%} of latent {edge.parent}'s {count(edge.n_parent)}. "
@@ -255,6 +255,12 @@ def _told(edge: Candidate) -> str:
         f"latent {edge.child} may have taken latent {edge.parent}'s place. Where it fires, latent {edge.parent} keeps "
         f"{edge.attenuation:.2f} of its usual {edge.reference:.3g}, and both write {edge.completion:.2f} of it (cosine {edge.cosine:.2f})"
     )
+
+
+def _warned(found: Suspects) -> str:
+    """How far to trust it: what spike-ins say, and whether latents crowd each other."""
+    spikes = "" if found.on_spikes is None else f" {str(found.on_spikes).capitalize()}."
+    return spikes if found.reliable else f"{spikes} {crowded(found.crosstalk, found.coherence)}"
 
 
 def _shares(pair: Contained) -> str:
