@@ -12,7 +12,7 @@ from sdl_explorer.control import ARMS, Stopped, paired
 from sdl_explorer.data.activations import Activations
 from sdl_explorer.data.anchors import Anchors
 from sdl_explorer.diagnosis.compare import BETTER, ENOUGH, MEASURES, Control
-from sdl_explorer.diagnosis.explain import Verdict
+from sdl_explorer.diagnosis.verdict import Verdict
 from sdl_explorer.training.commits import Commit
 from sdl_explorer.training.plan import Plan
 from sdl_explorer.training.run import Run
@@ -84,8 +84,8 @@ class Repair:
             return "Nothing to repair: explain has no verdict here."
         judged = sum(one.control is not None for one in self.tried)
         how = (
-            f"{judged} of {self.n_verdicts} verdicts were tried, each on {self.runs} pairs of {self.n_steps} steps, against as many plain "
-            f"steps and against a sham; {1 - LEVEL / self.n_tries:.1%} intervals, since {self.n_tries} may be tried."
+            f"Tried {judged} of {self.n_verdicts} verdict{'' if self.n_verdicts == 1 else 's'}, each on {self.runs} pairs of "
+            f"{self.n_steps} steps, against as many plain steps and against a sham ({100 * (1 - LEVEL / self.n_tries):.3g} % intervals)."
         )
         told = " ".join(f"{'Kept' if one.kept else 'Not kept'}: {one.verdict.claim} {one.why}" for one in self.tried)
         passed = "" if self.kept else " Nothing passed, so nothing is proposed."

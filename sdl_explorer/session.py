@@ -29,9 +29,10 @@ from sdl_explorer.data.sources import Source, stream
 from sdl_explorer.diagnosis.cached import CachedFindings
 from sdl_explorer.diagnosis.compare import Control
 from sdl_explorer.diagnosis.continuation import continued_method
-from sdl_explorer.diagnosis.explain import Verdict, explain
+from sdl_explorer.diagnosis.explain import explain
 from sdl_explorer.diagnosis.preflight import Preflight, preflight
 from sdl_explorer.diagnosis.theory_seeds import Seeds, seed_steps
+from sdl_explorer.diagnosis.verdict import Verdict
 from sdl_explorer.models.dictionary import SparseDictionary
 from sdl_explorer.models.methods import Method, TopK
 from sdl_explorer.models.rewrites import scaled

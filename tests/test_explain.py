@@ -12,6 +12,7 @@ from sdl_explorer.data.hierarchy import HierarchyBench
 from sdl_explorer.data.sources import stream
 from sdl_explorer.diagnosis.explain import MOST, explain
 from sdl_explorer.diagnosis.observe import observe
+from sdl_explorer.diagnosis.scores import DetectorScore
 from sdl_explorer.models.dictionary import SparseDictionary
 from sdl_explorer.models.methods import TopK
 from sdl_explorer.training.interventions import Resample
@@ -187,3 +188,17 @@ def test_blocks_and_lengths_do_not_matter():
     plain = SparseDictionary(*copied(), nonlinearity=lambda pre: pre * (pre > 0))
     scaled = SparseDictionary(3 * copied()[0], copied()[1] / 3, nonlinearity=lambda pre: pre * (pre > 0))
     assert [(v.id, v.latents) for v in explain(plain, rows_of(FLAT))] == [(v.id, v.latents) for v in explain(scaled, rows_of(FLAT))]
+
+
+@pytest.mark.parametrize(("case", "precision"), [("merged", 0.9), ("merged", 0.3), ("absorbed", 0.9)])
+def test_candidates_without_truth_are_named_where_their_detectors_are_right(case, precision, monkeypatch):
+    worth = DetectorScore("polysemantic", 0.0, 1.0, 400, 100, 100, precision, 0.9, 0.9, 0.25)
+    monkeypatch.setattr("sdl_explorer.diagnosis.meanings.detector_scores", lambda *_: worth)
+    make, source, kind, latents, _ = CASES[case]
+    rows, choose = rows_of(source), rows_of(source, "choose")
+    found = {v.id: v for v in explain(dictionary_of(make), Activations(rows.inputs, rows.inputs))}
+    assert (case in found) is (precision > 0.5)
+    if case in found:
+        assert found[case].candidate and "candidate" in found[case].claim and isinstance(found[case].advice, kind)
+        assert set(found[case].latents) <= latents
+        found[case].advice.plan(TrainState.start(dictionary_of(make)), Activations(choose.inputs, choose.inputs), stream(0))

@@ -1,7 +1,6 @@
 """What is wrong, why, and what could be done? `explain` turns findings into at most five verdicts, the most harmful first."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -11,14 +10,17 @@ from sdl_explorer.data.activations import Activations
 from sdl_explorer.data.anchors import Pins
 from sdl_explorer.diagnosis.absorption import find_absorption
 from sdl_explorer.diagnosis.alignment import align
+from sdl_explorer.diagnosis.candidates import suspect_absorption
 from sdl_explorer.diagnosis.health import check_health
+from sdl_explorer.diagnosis.meanings import suspect_polysemantic
 from sdl_explorer.diagnosis.observe import Accumulator, Rows, Stream, finding, observe
 from sdl_explorer.diagnosis.patterns import trace_patterns
 from sdl_explorer.diagnosis.recovery import score_recovery
 from sdl_explorer.diagnosis.theory import check_theory
+from sdl_explorer.diagnosis.verdict import THEOREMS, Verdict, some
 from sdl_explorer.models.dictionary import SparseDictionary
 from sdl_explorer.training.firings import copies
-from sdl_explorer.training.interventions import Intervention, Resample
+from sdl_explorer.training.interventions import Resample
 from sdl_explorer.training.realign import Realign, refusal
 from sdl_explorer.training.split import Split
 from sdl_explorer.training.unabsorb import Unabsorb
@@ -28,46 +30,6 @@ PART = 0.2  # share of a latent's drive from which a feature is one of its own
 EXPLAINED = 0.01  # unexplained variance below which dead latents lack nothing to do
 AGREES, DISAGREES = 0.95, 0.85  # cosine of a row with its response
 LEAST = 1e-3  # harm that is told
-
-THEOREMS = {
-    "dead": (
-        "T5",
-        "arXiv 2512.05534, Theorem 3.6: empty sets F_i are part of spurious minima, and a latent that never fires has no gradient",
-    ),
-    "merged": ("T5", "arXiv 2512.05534, Example 3.5 and Theorem 3.6: a latent that holds two features can be a minimum with positive loss"),
-    "absorbed": ("T6", "arXiv 2512.05534, Theorem 3.8: the pattern in which a parent lost a child to another latent is realisable"),
-    "copies": ("T4", "arXiv 2512.05534, Theorem 3.4: the loss counts what is written together, so copies share one feature at no cost"),
-    "encoder": ("T4", "arXiv 2512.05534, Theorem 3.4: zero loss fixes what is written, not the direction in which an encoder row reads"),
-}
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """One thing that is wrong.
-
-    id         "dead" | "merged" | "absorbed" | "copies" | "encoder"
-    claim      what is wrong, in a sentence; "candidate" where there is no truth to tell
-    evidence   the numbers behind it, a sentence each
-    theorem    what the theory says about it, and what its card says here, where it was checked
-    advice     the intervention that could help; session.apply(advice) applies it
-    harm       with truth: the share of the features that it costs. Without: the share of the latents that it concerns
-    side       "decoder" | "encoder": where a repair is to be looked for
-    latents, features    what it is about; features are empty without truth
-    """
-
-    id: str
-    claim: str
-    evidence: tuple[str, ...]
-    theorem: str
-    advice: Intervention
-    harm: float
-    side: str
-    latents: tuple[int, ...]
-    features: tuple[int, ...] = ()
-    candidate: bool = False
-
-    def __repr__(self) -> str:
-        return f"Verdict({self.id}, harm {self.harm:.2f}: {self.claim} Advice: {type(self.advice).__name__})"
 
 
 class _Explainer(Accumulator):
@@ -79,7 +41,10 @@ class _Explainer(Accumulator):
         self.tau, self.dead_after, self.pinned = tau, dead_after, set() if pins is None else set(pins.latents.tolist())
         counts = {"samples_since_fired": samples_since_fired, "dead_after": dead_after}
         asked: dict[Any, dict[str, Any]] = {check_health: counts}
-        if truth is not None:
+        self.known = truth is not None and truth.complete  # of spikes alone nothing follows for the other latents
+        if not self.known:
+            asked |= {suspect_polysemantic: {}, suspect_absorption: {}}
+        if truth is not None and self.known:
             asked |= {trace_patterns: counts, score_recovery: {"tau": tau, "match": False}, align: {"pins": pins, "match": False}}
             if any(parent is not None for parent in truth.parents):
                 asked[find_absorption] = {}
@@ -93,8 +58,7 @@ class _Explainer(Accumulator):
 
     def result(self) -> list[Verdict]:
         found = {of: part.result() for of, part in self.parts.items()}
-        with_truth = self.stream.activations.truth is not None
-        verdicts = list(Known(self, found).verdicts() if with_truth else Guessed(self, found).verdicts())
+        verdicts = list(Known(self, found).verdicts() if self.known else Guessed(self, found).verdicts())
         return sorted((v for v in verdicts if v.harm >= LEAST), key=lambda v: -v.harm)[:MOST]
 
 
@@ -149,14 +113,17 @@ class Known(_Case):
         if self.dead and self.missing:
             n = self.health.n_latents
             silent = f"{len(self.dead)} of {n} latents have not fired in {self.asked.dead_after or self.health.n_samples:,} samples"
-            claim = f"{len(self.dead)} latents are dead while {len(self.missing)} features are missed."
+            claim = f"{some(self.dead, 'latent is', 'latents are')} dead while {some(self.missing, 'feature is', 'features are')} missed."
             harm = min(len(self.dead), len(self.missing)) / self.n
             yield self._verdict("dead", claim, (silent, self._missed()), self.dead_ones(), harm, self.dead, self.missing)
 
     def _copies(self) -> Iterator[Verdict]:
         if self.copied and self.missing:
             features = {int(self.recovery.feature[i]) for i in self.copied}
-            claim = f"{len(self.copied)} latents are copies: they write features that other latents write better, while others are missed."
+            claim = (
+                f"{some(self.copied, 'latent is a copy', 'latents are copies')} of what another one writes better, while "
+                f"{some(self.missing, 'feature is', 'features are')} missed."
+            )
             evidence = (f"{len(features)} features have two or more latents at cosine {self.tau:g}", self._missed())
             harm = min(len(self.copied), len(self.missing)) / self.n
             yield self._verdict("copies", claim, evidence, self.restart(self.copied), harm, self.copied, self.missing)
@@ -171,7 +138,7 @@ class Known(_Case):
         features = set().union(*held.values())
         worst = max(held, key=lambda i: (len(held[i]), -i))
         names = ", ".join(self.recovery.names[f] for f in sorted(held[worst]))
-        claim = f"{len(held)} latents stand for two features or more, and none of these {len(features)} has a latent of its own."
+        claim = f"{some(held, 'latent stands', 'latents stand')} for two features or more, which have no latent of their own."
         evidence = (
             f"latent {worst} is driven by {names} ({self.patterns.effective_features[worst]:.1f} effective features)",
             f"{len(spares)} latents are spare: dead, or copies of others",
@@ -209,7 +176,10 @@ class Known(_Case):
         concerned = {f for edge in self.edges for f in (edge.parent, edge.child)}
         silent = sum(max(edge.gap or 0.0, 0.0) * edge.n_with / max(edge.n_with + edge.n_without, 1) for edge in self.edges)
         worst, names = self.edges[0], self.recovery.names
-        claim = f"{len(self.edges)} children's latents have absorbed their parents: they write both, and the parent's latent keeps silent."
+        claim = (
+            f"{some(self.edges, 'latent has', 'latents have')} absorbed a parent: it is written beside their own feature, and its latent "
+            "keeps silent."
+        )
         evidence = (
             f"latent {worst.latent} ({names[worst.parent]}) fires on {worst.recall_with:.0%} of its rows with {names[worst.child]} active "
             f"and on {worst.recall_without:.0%} without; latent {worst.absorber} takes over",
@@ -226,7 +196,7 @@ class Known(_Case):
         latents = tuple(int(i) for i in np.unique(self.recovery.best_latent[features]) if int(i) not in self.asked.pinned)
         if not latents or refusal(self.dictionary):
             return
-        claim = f"{len(features)} features are in a decoder row and in what fires it, and in no encoder row."
+        claim = f"{some(features, 'feature is', 'features are')} in a decoder row and in what fires it, and in no encoder row."
         agree = np.median(self.health.encoder_response[list(latents)])
         evidence = (
             f"at cosine {self.tau:g}, decoder rows have {written.mean():.0%} of the features, responses {fired.mean():.0%}, encoder rows "
@@ -244,9 +214,40 @@ class Guessed(_Case):
     """Without it: what the dictionary and its own behaviour show."""
 
     def verdicts(self) -> Iterator[Verdict]:
+        self.twins = tuple(i for i in copies(self.dictionary) if i not in self.asked.pinned and self.health.alive[i])
+        yield from self._absorbed()
+        yield from self._merged()
         yield from self._dead()
         yield from self._copies()
         yield from self._encoder()
+
+    def _absorbed(self) -> Iterator[Verdict]:
+        suspects, pairs = self.found[suspect_absorption], {}
+        for edge in suspects.candidates if suspects.reliable and not self.dictionary.tied else ():
+            taken = self.asked.pinned | set(pairs) | set(pairs.values())
+            if edge.child not in taken and edge.parent not in self.asked.pinned | set(pairs):
+                pairs[edge.child] = edge.parent
+        if not pairs:
+            return
+        claim = f"{some(pairs, 'latent is a candidate', 'latents are candidates')} for having absorbed another one's feature."
+        best = suspects.candidates[0]
+        evidence = (
+            f"where latent {best.child} fires, latent {best.parent} has {best.attenuation:.0%} of its usual activation left, and both "
+            f"together write {best.completion:.0%} of it (score {best.score:.2f})",
+            f"crosstalk is {suspects.crosstalk:.2f}, coherence {suspects.coherence:.2f}; a pair that excludes itself gives the same data",
+        )
+        advice = Unabsorb(latents=list(pairs), parents=list(pairs.values()))
+        yield self._verdict("absorbed", claim, evidence, advice, tuple(dict.fromkeys([*pairs, *pairs.values()])))
+
+    def _merged(self) -> Iterator[Verdict]:
+        found = self.found[suspect_polysemantic]
+        held = self._free(found.candidate)
+        spares = tuple(i for i in dict.fromkeys([*self.dead, *self._free(self.health.unseen), *self.twins]) if i not in held)[: len(held)]
+        if held and spares and found.worth.confident:
+            claim = f"{some(held, 'latent is a candidate', 'latents are candidates')} for two meanings, and {len(spares)} others are spare."
+            worst = max(held, key=lambda i: found.score[i])
+            evidence = (f"the rows that fire latent {worst} are of two kinds (score {found.score[worst]:.2f})", found.reading)
+            yield self._verdict("merged", claim, evidence, Split(latents=list(held), spares=list(spares), gain=0.05), held)
 
     def _dead(self) -> Iterator[Verdict]:
         left = self.health.unexplained_variance
@@ -256,9 +257,9 @@ class Guessed(_Case):
             yield self._verdict("dead", claim, (silent,), self.dead_ones(), self.dead, candidate=False)
 
     def _copies(self) -> Iterator[Verdict]:
-        twins = tuple(i for i in copies(self.dictionary) if i not in self.asked.pinned and self.health.alive[i])
-        if twins:
-            claim = f"{len(twins)} latents are candidates for copies: each reads and writes what another one does."
+        if self.twins:
+            twins = self.twins
+            claim = f"{some(twins, 'candidate for a copy', 'candidates for copies')}: both rows point where another latent's do."
             evidence = ("both rows have a cosine of at least 0.95 with those of another latent; what they mean is not known",)
             yield self._verdict("copies", claim, evidence, self.restart(twins), twins)
 
@@ -268,7 +269,7 @@ class Guessed(_Case):
         latents = self._free(off & (health.firing_rate * health.n_samples >= 100))
         if not latents or refusal(self.dictionary):
             return
-        claim = f"{len(latents)} latents are candidates for a wrong encoder: they write what fires them and read something else."
+        claim = f"{some(latents, 'candidate', 'candidates')} for a wrong encoder: fired by what is written, and reading something else."
         evidence = (
             f"median cosine with the response: encoder {np.median(health.encoder_response[list(latents)]):.2f}, decoder "
             f"{np.median(health.decoder_response[list(latents)]):.2f}",
@@ -301,7 +302,8 @@ def explain(
 
     With the truth, harm is the share of the features that a cause costs at `tau`, so that a dictionary that misses nothing has no
     verdict. One feature may count for two causes: each is what a repair could bring back at most. Without the truth harm is the
-    share of the latents concerned, and all but death are candidates. What is pinned is left alone. With `theory`, `check_theory` says
+    share of the latents concerned, all but death are candidates, and two meanings and absorption are named only where their detectors were
+    right more often than not on benches like these rows. What is pinned is left alone. With `theory`, `check_theory` says
     whether the theorem's assumptions hold here. Advice says what may help; `session.repair` judges whether it does.
 
     `samples_since_fired` and `dead_after` as in `check_health`. Raises ValueError for what those findings refuse.
