@@ -13,6 +13,7 @@ from sdl_explorer.data.bench import linear_activations
 from sdl_explorer.diagnosis.absorption import find_absorption
 from sdl_explorer.diagnosis.candidates import suspect_absorption
 from sdl_explorer.diagnosis.edges import KINDS
+from sdl_explorer.diagnosis.spiked import OnSpikes
 from sdl_explorer.models.dictionary import SparseDictionary
 from sdl_explorer.views import words
 from sdl_explorer.views.absorbers import causal_check, decomposition
@@ -258,6 +259,8 @@ def test_without_a_candidate_and_where_latents_crowd_it_says_so(suspected):
     crowded = replace(suspected, crosstalk=0.4, coherence=0.3)
     for card in (candidate_forest, candidate_pair):
         assert words.crowded(0.4, 0.3) in card.reading(crowded, Look())
+    spiked = replace(suspected, on_spikes=OnSpikes("absorbed", 3, 4, 1, 4, 12))
+    assert " Precision on spike-ins here: 0.75 (3 of 4, 95 %:" in candidate_forest.reading(spiked, Look())
     assert "Not reliable here" in hv.Store.lookup_options("bokeh", candidate_forest(crowded, Look()), "plot").kwargs["title"]
 
 
@@ -385,6 +388,7 @@ def test_flat_data_and_data_without_truth_have_the_candidates():
             explorer.desk.settle()
             assert [card.view.id for card in frame.shown.cards] == ["H5", "H6", "H1", "H2", "H3", "H4"]
             assert [card._view.visible for card in frame.shown.cards] == [True, True, *[False] * 4]
+            frame.refresh()
             found = explorer.desk.value(suspect_absorption)
             assert (found is session.find(suspect_absorption) and explorer.desk.value(find_absorption) is None) or source is flat
             for card in frame.shown.cards[:2]:
