@@ -185,7 +185,7 @@ class Known(_Case):
             f"and on {worst.recall_without:.0%} without; latent {worst.absorber} takes over",
             f"{len(concerned & self.missing)} of these {len(concerned)} features have no decoder row at cosine {self.tau:g}",
         )
-        absorbers, parents = [edge.absorber for edge in self.edges], [edge.latent for edge in self.edges]
+        absorbers, parents = [int(edge.absorber) for edge in self.edges], [int(edge.latent) for edge in self.edges]
         advice, harm = Unabsorb(latents=absorbers, parents=parents), (len(concerned & self.missing) + silent) / self.n
         yield self._verdict("absorbed", claim, evidence, advice, harm, tuple(dict.fromkeys([*absorbers, *parents])), concerned)
 
@@ -226,7 +226,7 @@ class Guessed(_Case):
         for edge in suspects.candidates if suspects.reliable and not self.dictionary.tied else ():
             taken = self.asked.pinned | set(pairs) | set(pairs.values())
             if edge.child not in taken and edge.parent not in self.asked.pinned | set(pairs):
-                pairs[edge.child] = edge.parent
+                pairs[int(edge.child)] = int(edge.parent)
         if not pairs:
             return
         claim = f"{some(pairs, 'latent is a candidate', 'latents are candidates')} for having absorbed another one's feature."

@@ -47,7 +47,7 @@ class Split(Intervention):
     """
 
     latents = param.Parameter(None, doc="Which latents; None: all with two directions.")
-    spares = param.Parameter(None, doc="Which latents take the second direction; None: dead ones and copies.")
+    spares = param.List([], item_type=int, doc="Which latents take the second direction; empty: dead ones and copies.")
     gain = param.Number(0.15, bounds=(0, 1), doc="Share of the squares that a second direction has to add.")
     least = param.Integer(20, bounds=(2, None), doc="Choose rows that each direction needs.")
 
@@ -103,7 +103,7 @@ class Split(Intervention):
         return found
 
     def _spares(self, state: TrainState, firings: Firings, splitting: set[int]) -> list[int]:
-        if self.spares is not None:
+        if self.spares:
             spares = named_latents("Split(spares=)", self.spares, state.dictionary.n_latents).tolist()
             return [i for i in spares if i not in splitting]
         silent = (firings.count == 0).nonzero().flatten().tolist()

@@ -34,7 +34,7 @@ class Unabsorb(Intervention):
     """
 
     latents = param.Parameter(None, doc="Which latents have absorbed a parent; None: all that look like it.")
-    parents = param.Parameter(None, doc="The parent's latent of each of them; None: the nearest that is silent with it.")
+    parents = param.List([], item_type=int, doc="The parent's latent of each of them; empty: the nearest that is silent with it.")
     cosine = param.Number(0.3, bounds=(0, 1), doc="Smallest decoder cosine of a parent that is looked for.")
     together = param.Number(0.2, bounds=(0, 1), doc="Largest share of the absorber's rows on which that parent fires.")
     least = param.Integer(20, bounds=(1, None), doc="Choose rows on which an absorber that is looked for has fired.")
@@ -84,8 +84,8 @@ class Unabsorb(Intervention):
         """Absorber -> parent's latent."""
         n = state.dictionary.n_latents
         named = None if self.latents is None else named_latents("Unabsorb", self.latents, n).tolist()
-        if self.parents is not None:
-            parents = [named_latents("Unabsorb(parents=)", [p], n).item() for p in torch.as_tensor(self.parents).flatten().tolist()]
+        if self.parents:
+            parents = [int(named_latents("Unabsorb(parents=)", [p], n)) for p in self.parents]
             if named is None or len(named) != len(parents) or set(named) & set(parents):
                 raise ValueError(
                     f"Unabsorb: {len(named or [])} latents and {len(parents)} parents; give one parent for each latent, and no latent on "
