@@ -206,6 +206,8 @@ def test_groups_of_constant_rows_and_wrong_settings():
     same = torch.ones(9, WIDTH)
     found = trace_groups(SparseDictionary(torch.eye(WIDTH)[:3], torch.eye(WIDTH)[:3]), Activations(same, same))
     assert found.n_groups == 1
+    labelled = replace(Activations(same, same), labels=torch.zeros(9, dtype=torch.int64))  # labels that say nothing
+    assert trace_groups(SparseDictionary(torch.eye(WIDTH), torch.eye(WIDTH)), labelled).of == "clusters"
     assert found.effective_groups == pytest.approx(np.ones(3))
     with pytest.raises(ValueError, match="n_clusters is 0"):
         trace_groups(SparseDictionary(torch.eye(WIDTH), torch.eye(WIDTH)), Activations(same, same), n_clusters=0)
@@ -249,7 +251,9 @@ def test_a_profile_says_why_there_is_none(rows, patterns):
     assert response_profile.empty(None, None, Look(primary_latent=3)) == words.NOT_COMPUTED
     groups = trace_groups(planted(rows), without_truth(rows), n_clusters=4)
     look = Look(primary_latent=0)
-    assert response_profile.reading(None, groups, look).startswith("Latent 0: the mean rows of 2 of 4 clusters fire it; cluster ")
+    assert response_profile.reading(None, groups, look).startswith(
+        "Latent 0: the mean rows of 2 of 4 clusters fire it; 79% of its activation is on cluster "
+    )
     assert "feature" not in response_profile.table(None, groups, look)  # a group cannot be selected as a feature
 
 

@@ -21,7 +21,7 @@ from sdl_explorer.models.dictionary import SparseDictionary
 FITTED = 8192  # rows that clusters are fitted on, evenly spaced; all are assigned
 ROUNDS = 25
 CHUNK = 4096
-NONE = "none of them"
+NONE = "rows near no anchor"
 
 
 class GroupProfile(NamedTuple):
@@ -130,8 +130,8 @@ def trace_groups(
         p_g = sum over the group's rows of z_i / sum over all rows of z_i;   effective_groups = 1 / sum_g p_g^2
 
     Groups: the anchor that a row is nearest to, by the cosine of the row less the mean of all, or none of them where no cosine is
-    positive; without anchors the rows' labels; without labels `n_clusters` clusters of the centred unit rows (Lloyd's rounds from
-    k-means++, deterministic in `seed`). A group is not a feature: one meaning can spread over several, and several can share one.
+    positive; without anchors the rows' labels, where they differ; else `n_clusters` clusters of the centred unit rows (Lloyd's rounds
+    from k-means++, deterministic in `seed`). A group is not a feature: one meaning can spread over several, and several can share one.
     Compare with `chance`. A latent that never fires has zeros, never NaN.
 
     Raises ValueError for n_clusters < 1, anchors of another width, and for what `observe` refuses. k-means++: Arthur & Vassilvitskii 2007.
@@ -146,7 +146,7 @@ def _groups(stream: Stream, anchors: Anchors | None, n_clusters: int, seed: int)
         directions = directions_of(activations, stream.dictionary, anchors)
         centres, of, names = directions.inputs.cpu(), "anchors", (*directions.names, NONE)
         group = _nearest(activations, mean, centres, least=0.0)
-    elif activations.labels is not None:
+    elif activations.labels is not None and len(activations.labels.unique()) > 1:
         group, of = activations.labels.cpu(), "labels"
         known = activations.label_names
         names = {g: known[g] if 0 <= g < len(known) else f"label {g}" for g in group.unique().tolist()}

@@ -43,7 +43,7 @@ def selectivity(patterns, groups, health, suspects, look):
     points, theme = selectivity_points(patterns, groups, health, suspects), look.theme
     drawn = points.iloc[_drawn(points, look)]
     gutter = _gutter((patterns if patterns is not None else groups).n_samples)
-    top = max(2.2, limits([0, *finite(points["y"])])[1])
+    top = max(2.2, limits([0, *finite(points["y"])], margin=0.1)[1])
     xlim, ylim = (gutter - 0.25, 0.15), (-0.04 * top, top)
     layers: list = [_marks(drawn, theme)]
     if len(drawn) < len(points):
@@ -195,12 +195,13 @@ def _legend(points: pd.DataFrame, theme: str) -> list[hv.Points]:
 
 def _counted(points: pd.DataFrame) -> str:
     numbers = points["status"].value_counts()
-    words = ", ".join(f"{count(numbers[name])} {t.word.lower()}" for name, t in PATTERNS.items() if name in numbers)
+    said = {"candidate": plural(numbers.get("candidate", 0), PATTERNS["candidate"].word.lower())}
+    words = ", ".join(said.get(name, f"{count(numbers[name])} {t.word.lower()}") for name, t in PATTERNS.items() if name in numbers)
     return f"{plural(len(points), 'latent')}: {words}"
 
 
 def _noun(groups: Groups) -> str:
-    return {"anchors": "anchor", "labels": "label", "clusters": "cluster"}[groups.of]
+    return {"anchors": "anchor group", "labels": "label", "clusters": "cluster"}[groups.of]
 
 
 # P1 ------------------------------------------------------------------------------------------------------------------
@@ -258,12 +259,13 @@ def _(patterns, groups, look):
         return why
     bars = profile_rows(patterns, groups, look.primary_latent)
     first = bars.rows.sort_values("share", ascending=False, kind="stable").iloc[0]
-    many, share = int((bars.rows["alone"] > 0).sum()), f"{first['name']} has {first['share']:.0%}"
+    many, share = int((bars.rows["alone"] > 0).sum()), f"{first['share']:.0%}"
     if patterns is None:
         fires = f"the mean rows of {many} of {plural(groups.n_groups, _noun(groups))} fire it"
-        return f"Latent {look.primary_latent}: {fires}; {share} of its activation; {bars.effective:.2f} in effect. {NO_TRUE}"
+        said = f"{share} of its activation is on {first['name']}; {bars.effective:.2f} in effect"
+        return f"Latent {look.primary_latent}: {fires}; {said}. {NO_TRUE}"
     fires = f"{plural(many, 'true feature')} {'fires' if many == 1 else 'fire'} it alone"
-    return f"Latent {look.primary_latent}: {fires}; {share} of what drives it in rows; {bars.effective:.2f} in effect."
+    return f"Latent {look.primary_latent}: {fires}; {first['name']} has {share} of what drives it in rows; {bars.effective:.2f} in effect."
 
 
 @response_profile.table
