@@ -32,14 +32,11 @@ def test_the_page_shows_the_landscape_and_the_theorems(page: Page, address: str)
     page.on("pageerror", lambda error: said.append(str(error)))
     part = lambda name: page.locator(f".sdlx-{name}").first
 
-    def open_page() -> None:
-        page.goto(address)
-        page.get_by_role("tab", name="Landscape", exact=True).click(timeout=SLOW)
-        for card in ("L1", "L3", "L2", "T"):
-            expect(part(f"card-{card}").locator("canvas").first).to_be_visible(timeout=SLOW)
-        expect(part("theory").locator("article")).to_have_count(7, timeout=SLOW)
-
-    open_page()
+    page.goto(address)
+    page.get_by_role("tab", name="Landscape", exact=True).click(timeout=SLOW)
+    for card in ("L1", "L3", "L2", "T"):
+        expect(part(f"card-{card}").locator("canvas").first).to_be_visible(timeout=SLOW)
+    expect(part("theory").locator("article")).to_have_count(7, timeout=SLOW)
     expect(part("card-L1 .sdlx-reading")).to_contain_text("with their decoder rows at least squares", timeout=SLOW)
     expect(part("card-L3 .sdlx-reading")).to_contain_text("restarts in random directions", timeout=SLOW)
     expect(part("card-L2 .sdlx-reading")).to_contain_text("convex along the encoder and along the decoder", timeout=SLOW)
@@ -55,6 +52,8 @@ def test_the_page_shows_the_landscape_and_the_theorems(page: Page, address: str)
     expect(part("card-L1").locator(".tabulator-row").first).to_contain_text("|", timeout=SLOW)
 
     page.emulate_media(color_scheme="dark")
-    open_page()
+    page.goto(address)
+    page.get_by_role("tab", name="Landscape", exact=True).click(timeout=SLOW)
+    expect(part("card-L1").locator("canvas").first).to_be_visible(timeout=SLOW)
     expect(page.locator("body")).to_have_css("background-color", "rgb(18, 18, 18)", timeout=SLOW)
     assert said == []
