@@ -27,6 +27,7 @@ from sdl_explorer.diagnosis.landscape import probe_landscape
 from sdl_explorer.diagnosis.meanings import suspect_polysemantic
 from sdl_explorer.diagnosis.pairs import count_pairs
 from sdl_explorer.diagnosis.patterns import trace_patterns
+from sdl_explorer.diagnosis.probes import score_absorption
 from sdl_explorer.diagnosis.recovery import score_recovery
 from sdl_explorer.diagnosis.theory import check_theory
 from sdl_explorer.models.dictionary import SparseDictionary
@@ -102,6 +103,7 @@ def found():
         check_theory: check_theory(dictionary, rows, n_segments=1),
         find_absorption: find_absorption(absorbing, family),
         suspect_absorption: suspect_absorption(absorbing, family, least=5),
+        score_absorption: score_absorption(absorbing, family, of="truth"),
         align: alignment,
         Before(align): align(worse, rows, pins=pins),
         check_health: health,

@@ -5,6 +5,7 @@ from sdl_explorer.training.interventions import Intervention
 from sdl_explorer.views.view import find_view, views
 from sdl_explorer.widgets.absorbed import Absorbed
 from sdl_explorer.widgets.card import Card
+from sdl_explorer.widgets.concepts import ChildrenCard, LabelCard
 from sdl_explorer.widgets.control import ControlForm
 from sdl_explorer.widgets.examples import ExampleCards
 from sdl_explorer.widgets.intervene import OWN, form_of
@@ -62,7 +63,10 @@ class FamilyCard(Card):
 def _absorption(host):
     of_truth = [FamilyCard(host, find_view(id)) for id in ("H1", "H2", "H3", "H4")]
     suspected = cards(host, "absorption", leave_out=[card.view.id for card in of_truth])
-    return [*of_truth, Absorbed(host), *suspected] if host.has_families else [*suspected, Absorbed(host), *of_truth]
+    labelled = [LabelCard(host, find_view("H7")), ChildrenCard(host)]
+    if host.has_families:
+        return [*of_truth, Absorbed(host), *suspected, *labelled]
+    return [*labelled, *suspected, Absorbed(host), *of_truth]
 
 
 def _landscape(host):

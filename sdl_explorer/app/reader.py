@@ -18,6 +18,7 @@ from sdl_explorer.diagnosis.groups import trace_groups
 from sdl_explorer.diagnosis.health import check_health
 from sdl_explorer.diagnosis.meanings import suspect_polysemantic
 from sdl_explorer.diagnosis.patterns import trace_patterns
+from sdl_explorer.diagnosis.probes import score_absorption
 from sdl_explorer.diagnosis.recovery import score_recovery
 from sdl_explorer.session import JUDGE_ROWS
 from sdl_explorer.state import PAGES, ExplorerState
@@ -118,9 +119,12 @@ class Reader:
         return Look(**{name: getattr(state, name) for name in names}, head=self.session.head.id, n_latents=self.session.n_latents)
 
     def knows(self, finding) -> bool:
-        """Can this finding say anything here? Alignment needs truth, anchors or pins; some stand in where there is no truth."""
+        """Can this finding say anything here? Alignment needs truth, anchors or pins, concepts need labels; some stand in where
+        there is no truth."""
         if finding is align:
             return bool(self.against)
+        if finding is score_absorption:
+            return self.sample.labels is not None
         return not self.has_truth if finding in STAND_IN else self.has_truth or finding not in NEED_TRUTH
 
     @property

@@ -82,12 +82,13 @@ class ConceptScore:
 
 @dataclass(frozen=True, repr=False)
 class ConceptAbsorption:
-    """What `score_absorption` found, a row for each concept with enough rows, by path."""
+    """What `score_absorption` found, a row for each concept with enough rows, by path. `opened`: the concept whose children are shown."""
 
     concepts: tuple[ConceptScore, ...]
     n_samples: int
     n_latents: int
     n_left_out: int  # concepts with too few rows
+    opened: int | None = None
 
     def __repr__(self) -> str:
         if not self.n_concepts:
