@@ -1,7 +1,8 @@
 """Detectors that see no truth, scored against the truth that benches hide.
 
     python benchmarks/detectors.py              some ten minutes of one core; goes on where it was interrupted
-    python benchmarks/detectors.py --report     the tables again, from the scores that are there
+    python benchmarks/detectors.py --report     the tables, from the dictionaries that are judged so far
+    python benchmarks/detectors.py --anew       detectors have changed: judges the trained dictionaries again
 
 Trains small dictionaries on LinearBench and HierarchyBench over a grid of sparsity, interference (n_features / d_in), width and method.
 Each detector reads 10,000 judge rows without truth; the truth comes from 100,000 fresh rows. A new detector is one entry of DETECTORS.
@@ -11,6 +12,7 @@ quote to sdl_explorer/assets/detector_scores.csv.
 """
 
 import argparse
+import json
 import platform
 from collections.abc import Callable, Iterator
 from dataclasses import fields
@@ -131,8 +133,8 @@ def grid(seed: int) -> Iterator[Cell]:
         for sparsity in (0.95, 0.98):
             bench = LinearBench(n_features=n_features, d_in=d_in, sparsity=sparsity, max_interference=bound, seed=seed)
             k = max(1, round(n_features * (1 - sparsity)))
-            methods = ((TopK(k=k), 0.5), (TopK(k=k), 1), (TopK(k=k), 2), (BatchTopK(k=k), 1), (Matryoshka(k=k), 1), (JumpReLU(l0=k), 1))
-            yield from cells(f"linear {n_features}/{d_in} S{sparsity:g}", bench, (*methods, (ReLU(l1=0.3), 1), (ReLU(l1=0.3), 2)), seed)
+            methods = ((TopK(k=k), 0.5), (TopK(k=k), 1), (TopK(k=k), 2), (Matryoshka(k=k), 1), (JumpReLU(l0=k), 1), (ReLU(l1=0.3), 2))
+            yield from cells(f"linear {n_features}/{d_in} S{sparsity:g}", bench, methods, seed)
     small = {"parents": 3, "children": 3, "independent": 8}
     large = {"parents": 6, "children": 3, "independent": 20, "parent_probability": 0.08, "independent_probability": 0.04}
     for settings, d_in, spread in ((small, 20, 0.0), (small, 40, 0.2), (small, 16, 0.1), (large, 64, 0.1)):
@@ -149,19 +151,23 @@ def cells(name: str, bench: Source, methods: tuple, seed: int) -> Iterator[Cell]
 
 
 def run(cell: Cell) -> list[dict]:
-    """One row a detector; the units stay beside the run, for the pooled scores."""
+    """One row a detector; they and the units stay beside the run, so that a second call reads them."""
     folder = RUNS / cell.name
+    judged = folder / "detectors.json"
+    if judged.exists():
+        return json.loads(judged.read_text())
     run_cell(cell, folder, device="cpu")
     with Session.open(folder / "run", source=cell.source, device="cpu") as session:
         fresh = cell.source.sample(TRUTH_ROWS, stream(cell.seed, "truth"), "judge")
         truth = Truths(*observe(session.dictionary, fresh, [trace_patterns, (score_recovery, {"match": False}), find_absorption]))
-        spare = session.find(find_redundant, n=JUDGE_ROWS)
-        regime = {"coherence": spare.coherence, "L0": spare.firing_rate.sum()}
+        spare = session.find([find_redundant, suspect_polysemantic, suspect_absorption], n=JUDGE_ROWS)[0]
+        regime = {"coherence": spare.coherence, "L0": float(spare.firing_rate.sum())}
         rows = []
         for name, judge in DETECTORS.items():
             units = judge(session, truth)
             np.savez(folder / f"{name}.npz", **units._asdict())
             rows.append({**cell.labels, "seed": cell.seed, **regime, "detector": name, "cell": cell.name, **scores(units)})
+    judged.write_text(json.dumps(rows))
     return rows
 
 
@@ -236,18 +242,25 @@ def report(runs: pd.DataFrame) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--report", action="store_true")
+    parser.add_argument("--anew", action="store_true")
     parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--only", default="", help="train and judge the benches of this name alone, and leave the tables as they are")
     options = parser.parse_args()
     torch.set_num_threads(1)
     OUT.mkdir(parents=True, exist_ok=True)
-    if not options.report:
-        wanted = [cell for seed in range(options.seeds) for cell in grid(seed)]
-        rows = []
-        for at, cell in enumerate(wanted, 1):
-            print(f"{at}/{len(wanted)} {cell.name}", flush=True)
-            rows += run(cell)
-        pd.DataFrame(rows).to_csv(OUT / "runs.csv", index=False, float_format="%.4g")
-    report(pd.read_csv(OUT / "runs.csv"))
+    wanted = [cell for seed in range(options.seeds) for cell in grid(seed) if cell.name.startswith(options.only)]
+    if options.report:
+        wanted = [cell for cell in wanted if (RUNS / cell.name / "detectors.json").exists()]
+    rows = []
+    for at, cell in enumerate(wanted, 1):
+        print(f"{at}/{len(wanted)} {cell.name}", flush=True)
+        if options.anew:
+            (RUNS / cell.name / "detectors.json").unlink(missing_ok=True)
+        rows += run(cell)
+    if not options.only:
+        runs = pd.DataFrame(rows)
+        runs.to_csv(OUT / "runs.csv", index=False, float_format="%.4g")
+        report(runs)
 
 
 if __name__ == "__main__":
