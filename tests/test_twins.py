@@ -6,7 +6,7 @@ import torch
 from torch import Generator
 from torch.nn.functional import normalize
 
-from sdl_explorer import SparseDictionary, find_twins
+from sdl_explorer import HierarchyBench, Session, SparseDictionary, TopK, find_twins
 from sdl_explorer.data.activations import Activations
 from sdl_explorer.data.bench import random_rotation
 from sdl_explorer.diagnosis import cosines
@@ -218,3 +218,11 @@ def test_it_says_what_it_found():
     found = find_twins(dictionary(FEATURES), ROWS, dictionary(SPLIT), by="decoder", tau=0.8)
     assert repr(found).startswith("Twins(by decoder at 0.8 on 3,000 rows, chance 0.")
     assert repr(found).endswith("here 12 latents: 11 shared, 1 split; there 13 latents: 11 shared, 2 part)")
+
+
+def test_two_seeds_of_a_session_in_one_line():
+    here, there = (Session(HierarchyBench(), TopK(k=2), n_latents=24, seed=seed) for seed in (0, 1))
+    found = here.find(find_twins, n=500, other=there.dictionary)
+    assert len(found.here.kind) == len(found.there.kind) == 24 and found.n_samples == 500
+    itself = here.find(find_twins, n=500, other=here.dictionary)
+    assert itself.here.shared_fraction == 1
