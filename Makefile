@@ -1,7 +1,9 @@
 # make app    the explorer at http://127.0.0.1:$(PORT)/        make test   everything, as CI runs it
 # make check  lint, types, layers, unit tests; no browser      make real   real activations: SAE, transcoder, crosscoder
 # make gpu-check  the device tests and the app on CUDA         make clean  drop the environments
-# make bench-ui   how long a person waits for the app          make bench  a training step beside other libraries' (BENCH=--quick)
+# make wordnet    absorption in WordNet's tree of nouns
+# make bench-ui   how long a person waits for the app          make bench  a training step beside other libraries' (BENCH=--quick),
+#                                                                         and a survey of 100,000 rows (SURVEY=--quick)
 
 PORT ?= 5006
 PYTHON ?= python3
@@ -15,7 +17,7 @@ TORCH = torch==2.13.0
 LONG = slow or browser or notebook
 SUDO = $(shell test "$$(id -u)" = 0 || echo sudo)
 
-.PHONY: app test check lint types unit oracle real gpu-check bench bench-ui clean
+.PHONY: app test check lint types unit oracle real wordnet gpu-check bench bench-ui clean
 .DELETE_ON_ERROR:
 # One thing at a time: the tests of a machine with two cores would slow each other past their limits
 .NOTPARALLEL:
@@ -44,13 +46,28 @@ oracle: $(ORACLE)/.made
 real: $(VENV)/.made-test
 	$(PY) benchmarks/real.py
 
+# WordNet 3.0's nouns, out of Debian's package, without installing it
+NOUNS = real/wordnet/usr/share/wordnet/data.noun
+NOUNS_SHA256 = fea17d2f9656611334eac790e5d69e47645fa180c4aa481fb4cd9b3520754ca2
+
+wordnet: $(VENV)/.made-test $(NOUNS)
+	$(PY) benchmarks/wordnet.py
+
+$(NOUNS):
+	@command -v apt-get dpkg sha256sum >/dev/null || { echo "No apt-get here. Unpack Debian's wordnet-base into real/wordnet." >&2; exit 1; }
+	@mkdir -p real/wordnet
+	cd real/wordnet && apt-get download wordnet-base && dpkg -x wordnet-base_*.deb . && rm wordnet-base_*.deb
+	@echo "$(NOUNS_SHA256)  $@" | sha256sum --check --quiet
+	@touch $@
+
 gpu-check: $(VENV)/.made-test $(VENV)/.made-chromium
 	@$(PY) -c "import sys, torch; sys.exit(0 if torch.cuda.is_available() else \
 	    f'gpu-check: torch {torch.__version__} sees no CUDA device. Run it on a machine with a GPU and a CUDA build of torch.')"
 	$(PYTEST) -m "gpu or browser"
 
-bench: $(ORACLE)/.made-peers
+bench: $(ORACLE)/.made-peers $(VENV)/.made-test
 	$(ORACLE)/bin/python benchmarks/step.py $(BENCH)
+	$(PY) benchmarks/survey.py $(SURVEY)
 
 bench-ui: $(VENV)/.made-test $(VENV)/.made-chromium
 	$(PY) benchmarks/ui.py

@@ -176,6 +176,7 @@ def main() -> None:
     parser.add_argument("--latents", nargs="+", type=int)
     parser.add_argument("--rows", type=int)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--alone", action="store_true", help="each finding by itself, too")
     parser.add_argument("--output", type=Path, help="a folder for DEVICE.json and DEVICE.md; none: printed alone")
     args = parser.parse_args()
     device = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
@@ -188,11 +189,11 @@ def main() -> None:
     runs = []
     for n_latents in latents:
         for name in args.methods:
-            runs.append(measure(name, n_latents, rows, device, alone=name == "TopK"))
+            runs.append(measure(name, n_latents, rows, device, args.alone))
             print(json.dumps(runs[-1]), flush=True)
+            if args.output:
+                write(args.output / f"{device}.json", facts, runs)
     print("\n" + table(runs))
-    if args.output:
-        write(args.output / f"{device}.json", facts, runs)
 
 
 def write(path: Path, facts: dict, runs: list[dict]) -> None:

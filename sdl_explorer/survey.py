@@ -24,18 +24,21 @@ from sdl_explorer.data.sources import Source
 from sdl_explorer.diagnosis.absorption import find_absorption
 from sdl_explorer.diagnosis.alignment import align
 from sdl_explorer.diagnosis.cached import CachedFindings
+from sdl_explorer.diagnosis.candidates import suspect_absorption
 from sdl_explorer.diagnosis.examples import find_examples
 from sdl_explorer.diagnosis.health import check_health
+from sdl_explorer.diagnosis.meanings import suspect_polysemantic
 from sdl_explorer.diagnosis.observe import MOST_ROWS, Kept
 from sdl_explorer.diagnosis.patterns import trace_patterns
 from sdl_explorer.diagnosis.recovery import score_recovery
+from sdl_explorer.diagnosis.redundancy import find_redundant
 from sdl_explorer.models.atomic import write_file
 from sdl_explorer.models.dictionary import Latents, SparseDictionary
 from sdl_explorer.models.formats.files import read_tensors, tensor_bytes
 from sdl_explorer.training.folder import write_json
 from sdl_explorer.training.state import threads_for
 
-ALWAYS = (check_health, find_examples)
+ALWAYS = (check_health, find_examples, find_redundant, suspect_polysemantic, suspect_absorption)
 COMPARED = (align,)  # with true features or anchors
 WITH_TRUTH = (trace_patterns, score_recovery, find_absorption)
 KEEP_CODES = 1_000_000_000  # bytes of one survey; later blocks are encoded again where that is not enough
@@ -121,10 +124,10 @@ class KeptCodes(Kept):
         self._parts: list[dict[str, Tensor]] = []
 
     def read(self, start: int) -> list[Latents] | None:
-        path = self._path(start)
-        if not path.exists():
+        try:
+            tensors, about = read_tensors(self._path(start))
+        except FileNotFoundError:
             return None
-        tensors, about = read_tensors(path)
         parts: list[dict[str, Tensor]] = [{} for _ in range(int(about["parts"]))]
         for name, tensor in tensors.items():
             place, _, side = name.partition(".")

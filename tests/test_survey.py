@@ -18,19 +18,17 @@ from sdl_explorer.data.bench import LinearBench
 from sdl_explorer.data.hierarchy import HierarchyBench
 from sdl_explorer.data.store import Stored
 from sdl_explorer.diagnosis import observe as observing
-from sdl_explorer.diagnosis.absorption import find_absorption
 from sdl_explorer.diagnosis.alignment import align
 from sdl_explorer.diagnosis.causes import trace_causes
 from sdl_explorer.diagnosis.examples import find_examples
 from sdl_explorer.diagnosis.health import check_health
 from sdl_explorer.diagnosis.observe import encoded, evaluating, observe
 from sdl_explorer.diagnosis.patterns import trace_patterns
-from sdl_explorer.diagnosis.recovery import score_recovery
 from sdl_explorer.models.dictionary import Latents
 from sdl_explorer.models.methods import BatchTopK, JumpReLU, ReLU, TopK
 from sdl_explorer.session import Session
 
-FINDINGS = [check_health, find_examples, align, trace_patterns, score_recovery, find_absorption]
+FINDINGS = [*surveying.ALWAYS, *surveying.COMPARED, *surveying.WITH_TRUTH]
 
 
 def leaves(value, path=""):
@@ -97,8 +95,7 @@ def test_a_survey_equals_each_finding_alone(small):
     assert survey["check_health"] is survey[check_health]
 
 
-@pytest.mark.parametrize("method", [TopK(k=4), BatchTopK(k=4), ReLU(), JumpReLU()])
-@pytest.mark.parametrize("block", [7, 64])
+@pytest.mark.parametrize(("method", "block"), [(TopK(k=4), 7), (BatchTopK(k=4), 64), (ReLU(), 20), (JumpReLU(), 100)])
 def test_blocks_of_any_size_give_the_same_numbers(method, block):
     data = HierarchyBench(magnitude_std=0.3).sample(300, torch.Generator().manual_seed(0))  # no two codes are equal
     dictionary = method.build(20, 20, 24, torch.Generator().manual_seed(1)).eval()
@@ -142,8 +139,7 @@ def test_codes_of_some_latents(monkeypatch, sparse):
             assert_close(rows.first, torch.searchsorted(latent, torch.arange(24)))
 
 
-@pytest.mark.parametrize("method", [TopK(k=4), BatchTopK(k=4), ReLU(), JumpReLU(threshold=0.3)])
-@pytest.mark.parametrize("share", [0.3, 1.0])
+@pytest.mark.parametrize(("method", "share"), [(TopK(k=4), 0.3), (BatchTopK(k=4), 0.6), (ReLU(), 0.9), (JumpReLU(threshold=0.3), 1.0)])
 def test_a_survey_that_was_ended_goes_on_with_the_same_bits(small, monkeypatch, tmp_path, method, share):
     monkeypatch.setattr(observing, "BLOCK_BYTES", 4 * 24 * 10)
     whole = make(method=method).survey(150)
@@ -259,7 +255,7 @@ def test_without_truth_what_needs_it_is_left_out(small):
     rows = torch.randn(300, 8, generator=torch.Generator().manual_seed(0))
     survey = make(source=Stored(rows)).survey(10_000)
     assert survey.n_samples == 30  # all that the part has
-    assert list(survey) == ["check_health", "find_examples"]
+    assert list(survey) == [f.__name__ for f in surveying.ALWAYS]
     with pytest.raises(KeyError, match=r"no align, since these rows have no true features.*check_health"):
         survey[align]
     with pytest.raises(KeyError, match=r"call session\.find"):

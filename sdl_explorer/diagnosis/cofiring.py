@@ -119,8 +119,8 @@ class CoFiring(Accumulator):
 
     def _flush(self) -> None:
         if self.waiting:
-            fires, active = zip(*self.waiting, strict=True)
-            fires, active = hstack(fires, format="csr"), vstack(active, format="csr")
+            fires: Csr = csr_array(hstack([fires for fires, _ in self.waiting], format="csr"))
+            active: Csr = csr_array(vstack([active for _, active in self.waiting], format="csr"))
             for i, strip in enumerate(self.strips):
                 self.both[i] = self.both[i] + fires[strip] @ active
         self.waiting, self.pairs = [], 0
