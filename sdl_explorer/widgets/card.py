@@ -8,7 +8,7 @@ import holoviews as hv
 import panel as pn
 
 from sdl_explorer.views.look import Look
-from sdl_explorer.views.view import View
+from sdl_explorer.views.view import Chosen, View
 from sdl_explorer.views.words import count, not_finite
 from sdl_explorer.widgets.kit import CardMenu, Text, Words, row, sheet, stack
 from sdl_explorer.widgets.selection import PlotLink
@@ -45,7 +45,9 @@ class Card(pn.viewable.Viewer):
         self._drawn = self._element = self._kept = self._made = self._frame = None
         self.reading = Words(host, "", role="status", css_classes=["sdlx-reading"])
         self.stamp = Text("Waiting for the first numbers.", tone="quiet", css_classes=["sdlx-stamp"])
-        self.words = Words(host, "", visible=False, css_classes=["sdlx-words"])
+        # words that may be all there is from the first are there from the first: a browser misses what comes in the batch of its card
+        waits = any(isinstance(one, Chosen) for one in view.of)
+        self.words = Words(host, "", visible=waits, css_classes=["sdlx-words"])
         self.about = Text("", tone="quiet", visible=False)
         self.menu = CardMenu(self._act, label=view.question)
         self._link = PlotLink(host)
