@@ -228,20 +228,21 @@ def report(table: pd.DataFrame, shams: pd.DataFrame, options) -> str:
     by = ", ".join(
         f"{name} {int((group['kept'].astype(str) == 'True').sum())} of {len(group)}" for name, group in judged.groupby("session")
     )
-    better = (sessions["more than both"].astype(str) == "True").groupby(sessions["seed"]).sum()
+    better = (sessions["more than both"].astype(str) == "True").groupby(sessions["seed"]).agg(["sum", "size"])
+    early = " The run was ended early; the same command goes on with it." if (better["size"] < len(DAMAGES)).any() else ""
     parts = [
         "# Repair",
         f"`OMP_NUM_THREADS=1 python benchmarks/repair.py --seeds {' '.join(map(str, better.index))} --shams {len(shams)}`: {minutes:.0f} "
-        f"minutes of one CPU core ({platform.machine()}, torch {torch.__version__}).",
+        f"minutes of one CPU core ({platform.machine()}, torch {torch.__version__}).{early}",
         f"Damaged sessions are trained for {SETTLE} steps of 64 rows, *encoder* and healthy ones for {4 * SETTLE}. A try has {PAIRS} pairs "
         f"of three arms of {STEPS} steps, judged on {ROWS:,} judge rows. What `session.repair` proposed is applied and compared on {PAIRS} "
         f"other data orders after {AFTER} steps, on {4 * ROWS:,} other judge rows: features recovered at tau = {TAU}, heldout_strict.",
         _sessions(sessions),
         "More features than the plain pairs and than the sham, both 95 % intervals above zero: "
-        + ", ".join(f"{count} of {len(DAMAGES)} (seed {seed})" for seed, count in better.items())
+        + ", ".join(f"{one.sum} of {one.size} (seed {one.Index})" for one in better.itertuples())
         + ".",
         f"Healthy sessions, {len(healthy)} seeds: "
-        + "; ".join(f"recovered {float(row.before):.0%}, kept {row.kept or 'nothing'}" for row in healthy.itertuples())
+        + ("; ".join(f"recovered {float(row.before):.0%}, kept {row.kept or 'nothing'}" for row in healthy.itertuples()) or "not run yet")
         + ".",
         f"Sham repairs kept: {kept} of {n}, {kept / n:.1%} (95 % Clopper-Pearson interval {low:.1%} to {high:.1%}). By damage: {by}.",
         "## In its own words",
