@@ -16,6 +16,7 @@ import json
 import platform
 from collections.abc import Callable, Iterator
 from dataclasses import fields
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,14 +25,14 @@ import pandas as pd
 import torch
 from sklearn.metrics import average_precision_score
 
-from sdl_explorer import BatchTopK, HierarchyBench, JumpReLU, LinearBench, Matryoshka, ReLU, Session, TopK
+from sdl_explorer import BatchTopK, HierarchyBench, JumpReLU, LinearBench, Matryoshka, ReLU, Session, SparseDictionary, TopK
+from sdl_explorer.data.activations import Activations
 from sdl_explorer.data.sources import Source, stream
-from sdl_explorer.diagnosis.absorption import Absorption, find_absorption
+from sdl_explorer.diagnosis.absorption import find_absorption
 from sdl_explorer.diagnosis.candidates import score_candidates, suspect_absorption
 from sdl_explorer.diagnosis.meanings import suspect_polysemantic
-from sdl_explorer.diagnosis.observe import observe
-from sdl_explorer.diagnosis.patterns import Patterns, trace_patterns
-from sdl_explorer.diagnosis.recovery import Recovery, score_recovery
+from sdl_explorer.diagnosis.patterns import trace_patterns
+from sdl_explorer.diagnosis.recovery import score_recovery
 from sdl_explorer.diagnosis.redundancy import find_redundant
 from sdl_explorer.diagnosis.scores import DetectorScore
 from sdl_explorer.experiments.cells import Cell, run_cell
@@ -46,12 +47,15 @@ SAME = 0.9  # cosine from which a decoder row writes a feature
 STEPS = 1_500
 
 
-class Truths(NamedTuple):
-    """What findings with truth say of the fresh rows."""
+class Truths:
+    """What findings with truth say of fresh rows, each when it is asked for."""
 
-    patterns: Patterns
-    recovery: Recovery
-    absorption: Absorption
+    def __init__(self, dictionary: SparseDictionary, rows: Activations):
+        self.dictionary, self.rows = dictionary, rows
+
+    patterns = cached_property(lambda self: trace_patterns(self.dictionary, self.rows))
+    recovery = cached_property(lambda self: score_recovery(self.dictionary, self.rows, match=False))
+    absorption = cached_property(lambda self: find_absorption(self.dictionary, self.rows))
 
 
 class Units(NamedTuple):
@@ -104,6 +108,12 @@ def dead(session: Session, truth: Truths) -> Units:
     return Units(since / (1 + since.max()), found.dead & ~found.live, truth.recovery.silent)
 
 
+def silent(session: Session, truth: Truths) -> Units:
+    """All latents, the same truth; named: silent on 100,000 judge rows; score: less the rate on them."""
+    rate = session.find(find_redundant, n=TRUTH_ROWS).firing_rate
+    return Units(-rate, rate == 0, truth.recovery.silent)
+
+
 def absorption(session: Session, truth: Truths) -> Units:
     """Pairs of latents with decoder cosines of 0.2 to 0.9; true: see `score_candidates`, on the fresh rows."""
     found = session.find(suspect_absorption, n=JUDGE_ROWS)
@@ -119,6 +129,7 @@ DETECTORS: dict[str, Judge] = {
     "duplicate": duplicate,
     "dead": dead,
     "absorption": absorption,
+    "silent on 100,000 rows": silent,
     "cos(encoder, decoder)": writes_otherwise,
     "cos(decoder, response)": fires_otherwise,
 }
@@ -151,20 +162,20 @@ def cells(name: str, bench: Source, methods: tuple, seed: int) -> Iterator[Cell]
 
 
 def run(cell: Cell) -> list[dict]:
-    """One row a detector; they and the units stay beside the run, so that a second call reads them."""
+    """One row a detector; they and the units stay beside the run, so that a second call judges with new detectors alone."""
     folder = RUNS / cell.name
     judged = folder / "detectors.json"
-    if judged.exists():
-        return json.loads(judged.read_text())
+    rows = json.loads(judged.read_text()) if judged.exists() else []
+    missing = [name for name in DETECTORS if name not in {row["detector"] for row in rows}]
+    if not missing:
+        return rows
     run_cell(cell, folder, device="cpu")
     with Session.open(folder / "run", source=cell.source, device="cpu") as session:
-        fresh = cell.source.sample(TRUTH_ROWS, stream(cell.seed, "truth"), "judge")
-        truth = Truths(*observe(session.dictionary, fresh, [trace_patterns, (score_recovery, {"match": False}), find_absorption]))
-        spare = session.find([find_redundant, suspect_polysemantic, suspect_absorption], n=JUDGE_ROWS)[0]
+        truth = Truths(session.dictionary, cell.source.sample(TRUTH_ROWS, stream(cell.seed, "truth"), "judge"))
+        spare = session.find(find_redundant, n=JUDGE_ROWS)
         regime = {"coherence": spare.coherence, "L0": float(spare.firing_rate.sum())}
-        rows = []
-        for name, judge in DETECTORS.items():
-            units = judge(session, truth)
+        for name in missing:
+            units = DETECTORS[name](session, truth)
             np.savez(folder / f"{name}.npz", **units._asdict())
             rows.append({**cell.labels, "seed": cell.seed, **regime, "detector": name, "cell": cell.name, **scores(units)})
     judged.write_text(json.dumps(rows))
@@ -244,11 +255,13 @@ def main() -> None:
     parser.add_argument("--report", action="store_true")
     parser.add_argument("--anew", action="store_true")
     parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--only", default="", help="train and judge the benches of this name alone, and leave the tables as they are")
+    parser.add_argument(
+        "--only", nargs="+", default=[""], help="train and judge the benches of these names alone, and leave the tables as they are"
+    )
     options = parser.parse_args()
     torch.set_num_threads(1)
     OUT.mkdir(parents=True, exist_ok=True)
-    wanted = [cell for seed in range(options.seeds) for cell in grid(seed) if cell.name.startswith(options.only)]
+    wanted = [cell for seed in range(options.seeds) for cell in grid(seed) if cell.name.startswith(tuple(options.only))]
     if options.report:
         wanted = [cell for cell in wanted if (RUNS / cell.name / "detectors.json").exists()]
     rows = []
@@ -256,8 +269,8 @@ def main() -> None:
         print(f"{at}/{len(wanted)} {cell.name}", flush=True)
         if options.anew:
             (RUNS / cell.name / "detectors.json").unlink(missing_ok=True)
-        rows += run(cell)
-    if not options.only:
+        rows += json.loads((RUNS / cell.name / "detectors.json").read_text()) if options.report else run(cell)
+    if options.only == [""]:
         runs = pd.DataFrame(rows)
         runs.to_csv(OUT / "runs.csv", index=False, float_format="%.4g")
         report(runs)
