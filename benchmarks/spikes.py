@@ -1,19 +1,22 @@
 """Spike-ins on real activations: what two dictionaries find of them, and how often detectors without truth are right there.
 
-    python benchmarks/spikes.py             some ten minutes of one core
+    python benchmarks/spikes.py             trains six dictionaries, about a minute of one core for each TopK
     python benchmarks/spikes.py --report    the table again, from the runs.csv that is there
 
 The rows are those of `benchmarks/real.py --only sae`: all-MiniLM-L6-v2 after layer 4, reading the language reference inside Python.
 64 directions with the rows' covariance are put in: 32 on their own, and 8 parents with 3 children each; half of either as large as 0.3,
 half as 0.6 of a row's median distance from the mean. Trained dictionaries stay in real/spikes, so that a second call only looks at them.
 
-Writes runs.csv and README.md to benchmarks/results/spikes.
+Then seeds and methods are compared with each other (`find_twins`), on the same rows without spikes.
+
+Writes runs.csv, twins.csv and README.md to benchmarks/results/spikes.
 """
 
 import argparse
 import platform
 import time
 from collections.abc import Iterator
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +32,7 @@ from sdl_explorer import (
     align,
     check_health,
     find_absorption,
+    find_twins,
     score_recovery,
     trace_patterns,
 )
@@ -39,6 +43,7 @@ from sdl_explorer.diagnosis.meanings import suspect_polysemantic
 from sdl_explorer.diagnosis.observe import observe
 from sdl_explorer.diagnosis.redundancy import find_redundant
 from sdl_explorer.diagnosis.spiked import CLAIMS, OnSpikes
+from sdl_explorer.diagnosis.twins import KINDS as TWINS
 from sdl_explorer.experiments.minilm import minilm_rows
 
 OUT = Path("benchmarks/results/spikes")
@@ -65,7 +70,8 @@ def main() -> None:
     OUT.mkdir(parents=True, exist_ok=True)
     if not options.report:
         pd.DataFrame(list(measured(options.seeds))).to_csv(OUT / "runs.csv", index=False, float_format="%.6g")
-    write_report(pd.read_csv(OUT / "runs.csv"))
+        pd.DataFrame(list(compared(options.seeds))).to_csv(OUT / "twins.csv", index=False, float_format="%.6g")
+    write_report(pd.read_csv(OUT / "runs.csv"), pd.read_csv(OUT / "twins.csv"))
 
 
 def spiked(seed: int) -> SpikeIn:
@@ -128,13 +134,25 @@ def measure(dictionary: SparseDictionary, source: SpikeIn, seed: int) -> dict:
     return found
 
 
+def compared(seeds: int) -> Iterator[dict]:
+    """Pairs of seeds of each method, and the two methods at each seed."""
+    rows = minilm_rows(ROWS).sample(JUDGE_ROWS, stream(0, "judge"), "judge")
+    pairs = [(name, name, a, b) for name in METHODS for a, b in combinations(range(seeds), 2)]
+    pairs += [("TopK", "Matryoshka", seed, seed) for seed in range(seeds)]
+    for one, two, a, b in pairs:
+        here, there = (SparseDictionary.load(RUNS / f"{name}-{seed}") for name, seed in ((one, a), (two, b)))
+        for by in ("decoder", "activations"):
+            found = find_twins(here, rows, there, by=by)
+            yield {"here": one, "there": two, "seeds": f"{a} {b}", "by": by, "chance": found.chance, **found.here.kinds}
+
+
 # the report ---------------------------------------------------------------------------------------------------------------
 
 
-def write_report(runs: pd.DataFrame) -> None:
+def write_report(runs: pd.DataFrame, twins: pd.DataFrame) -> None:
     seeds, rows = runs["seed"].nunique(), int(runs["rows"].iloc[0])
     head = (
-        f"`python benchmarks/spikes.py`, some ten minutes of one CPU core ({platform.machine()}, torch {torch.__version__}), seeds 0 to "
+        f"`python benchmarks/spikes.py` on one CPU core, shared with other work and so not timed ({platform.machine()}, torch {torch.__version__}), seeds 0 to "
         f"{seeds - 1}: directions and weights differ. {LATENTS:,} latents, k = 16, {STEPS} steps of {BATCH:,} rows at the default learning "
         f"rate; judged on {rows:,} rows that training never saw."
     )
@@ -165,6 +183,13 @@ def write_report(runs: pd.DataFrame) -> None:
         "share of true cases among all that could be named. No precision where nothing was named.",
         *(reliability(name, some) for name, some in groups(runs) if name != "untrained"),
         "Both were trained for as many steps, not to the same distance from their best.",
+        "## Two seeds, two methods",
+        table(
+            ["here", "there", "by", *TWINS, "chance"],
+            [twins_line(*key, some) for key, some in twins.groupby(["here", "there", "by"], sort=False)],
+        ),
+        "`find_twins` at 0.7 on the rows without spikes: latents here, of 1,024, means over pairs of seeds (whose spikes differ too), or "
+        "over seeds where methods differ. Chance: the mean best similarity of random decoder rows, or of codes of other rows.",
     ]
     (OUT / "README.md").write_text("\n\n".join(sections) + "\n")
 
@@ -189,6 +214,10 @@ def detector_lines(runs: pd.DataFrame) -> list[list[str]]:
             cells = [show(spikes.precision), str(spikes.n), interval, show(spikes.chance, ".3g"), show(spikes.recall), str(spikes.n_true)]
             lines.append([DETECTORS[claim], name, *cells, str(spikes.n_unknown)])
     return lines
+
+
+def twins_line(here: str, there: str, by: str, some: pd.DataFrame) -> list[str]:
+    return [here, there, by, *(f"{some[kind].mean():.0f}" for kind in TWINS), f"{some['chance'].mean():.2f}"]
 
 
 def reliability(name: str, some: pd.DataFrame) -> str:
