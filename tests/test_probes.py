@@ -1,5 +1,8 @@
 """SAEBench's absorption of concepts: planted answers, what must not change it, and dictionaries with nothing to absorb."""
 
+from dataclasses import replace
+
+import holoviews as hv
 import numpy as np
 import pytest
 import torch
@@ -8,6 +11,8 @@ from sdl_explorer import SparseDictionary, TopK, score_absorption
 from sdl_explorer.data.activations import Activations, Examples, Truth
 from sdl_explorer.diagnosis.logistic import MainLatents, f1_score
 from sdl_explorer.diagnosis.observe import observe
+from sdl_explorer.views.concepts import NO_LABELS, children, concepts, openable, opened
+from sdl_explorer.views.look import Look
 
 N, SHARE, WIDTH = 500, 0.04, 6  # rows with the parent; of them with the child; columns
 DELTAS = (0.0, 0.3, 0.4, 0.5, 0.8, 1.0)
@@ -205,3 +210,38 @@ def test_main_latents_are_those_that_tell_the_concept():
     assert f1_score(mine, found.predict(sparse.csr_array(codes))) == 1
     np.testing.assert_array_equal(found.fire(sparse.csr_array(codes)), mine)
     assert len(MainLatents.choose(sparse.csr_array(codes), mine, most=1, jump=0.03).latents) == 1
+
+
+# what the cards show -------------------------------------------------------------------------------------------------
+
+
+def test_a_concept_is_opened_and_its_absorbers_can_be_selected():
+    found, look = score_absorption(absorbing(1.0), planted(), of="truth"), Look()
+    marks, *_ = [e for e in children(found, look).traverse(lambda e: e, [hv.Points]) if "latent" in e]
+    assert marks["latent"].tolist() == children.ids(found, look).tolist() == [1]
+    assert marks["fraction"].tolist() == [1.0]
+    said = children.reading(found, look)
+    assert said.startswith("parent: its main latents 0 fire on 96% of its rows; fraction 0.04. On child, latent 1 writes 100% of it")
+    assert "“with child”" in said
+    table = children.table(found, look)
+    assert (table["child"].tolist(), table["latent"].tolist(), table["rows taken"].tolist()) == (["child"], [1], [round(N * SHARE)])
+    assert [one.name for one in openable(found)] == ["parent"]
+    assert opened(replace(found, opened=0)).name == "parent"
+
+
+def test_concepts_stand_by_their_fraction_with_their_recall_beside():
+    found, look = score_absorption(absorbing(0.8), planted(share=0.2), of="truth", most_main=1), Look()
+    element = concepts(found, None, look)
+    (bars,) = element.traverse(lambda e: e, [hv.Rectangles])
+    (recall,) = [e for e in element.traverse(lambda e: e, [hv.Points]) if len(e)]
+    assert bars["concept"].tolist()[0] == "parent" and bars["fraction"].tolist() == pytest.approx([0.16, 0, 0], abs=1e-4)
+    assert recall["recall"].tolist() == [1, 1, 1]
+    assert concepts.reading(found, None, look).endswith("Most absorbed: parent, fraction 0.16, by latents 1.")
+
+
+def test_without_labels_the_cards_say_so():
+    assert children.empty(None) == concepts.empty(None, None) == NO_LABELS
+    silent = score_absorption(absorbing(1.0), planted(), least=300)
+    assert "None of" not in concepts.reading(silent, None, Look())
+    nobody = replace(silent, concepts=())
+    assert concepts.empty(nobody, None).startswith("None of 0 labelled concepts has a probe with F1 above 0.6")
