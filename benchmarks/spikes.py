@@ -152,7 +152,8 @@ def compared(seeds: int) -> Iterator[dict]:
 def write_report(runs: pd.DataFrame, twins: pd.DataFrame) -> None:
     seeds, rows = runs["seed"].nunique(), int(runs["rows"].iloc[0])
     head = (
-        f"`python benchmarks/spikes.py` on one CPU core, shared with other work and so not timed ({platform.machine()}, torch {torch.__version__}), seeds 0 to "
+        f"`python benchmarks/spikes.py` on one CPU core, shared with other work and so not timed ({platform.machine()}, "
+        f"torch {torch.__version__}), seeds 0 to "
         f"{seeds - 1}: directions and weights differ. {LATENTS:,} latents, k = 16, {STEPS} steps of {BATCH:,} rows at the default learning "
         f"rate; judged on {rows:,} rows that training never saw."
     )
