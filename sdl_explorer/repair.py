@@ -192,10 +192,8 @@ def _tries(bench: Bench, verdicts: Sequence[Verdict], n_tries: int, n_steps: int
             yield Tried(verdict, f"It could not be planned: {error}")
             continue
         after = bench.call(lambda: run.apply(plan))  # noqa: B023
-        control = None
-        for done, latest in paired(run, after, bench.rows, bench.anchors, n_steps, runs, bench.drain, bench.stopped):
-            bench.progress((n_tries - left + done) / n_tries)
-            control = latest
+        share = lambda done: bench.progress((n_tries - left + done) / n_tries)  # noqa: B023
+        control = _control(bench, after, n_steps, runs, share)
         left -= 1
         kept, why, gains = judged(control, LEVEL / n_tries, bench.step)
         if kept:
@@ -203,6 +201,17 @@ def _tries(bench: Bench, verdicts: Sequence[Verdict], n_tries: int, n_steps: int
         else:
             bench.call(lambda: run.revert(run.store[after.parent]))  # noqa: B023
         yield Tried(verdict, why, plan, control, gains, kept)
+
+
+def _control(bench: Bench, after: Commit, n_steps: int, runs: int, progress: Callable[[float], None]) -> Control:
+    """The pairs with and without an intervention that was just applied to the bench's run."""
+    control = None
+    for done, latest in paired(bench.run, after, bench.rows, bench.anchors, n_steps, runs, bench.drain, bench.stopped):
+        progress(done)
+        control = latest
+    if control is None:
+        raise Stopped("repair: ended before its first pair.")
+    return control
 
 
 def _without(plan: Plan, changed: set[int]) -> Plan:
