@@ -18,7 +18,7 @@ from sdl_explorer.diagnosis.spiked import OnSpikes, judge_of
 from sdl_explorer.models.dictionary import SparseDictionary
 
 FEWEST = 10  # firing rows below which a latent is not judged
-CELLS = 2**24  # numbers of the rows that are looked at together
+CELLS = 2**22  # numbers of the rows that are looked at together
 
 
 @dataclass(frozen=True, repr=False)
