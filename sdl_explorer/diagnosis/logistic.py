@@ -94,7 +94,7 @@ class MainLatents:
         return best
 
     def predict(self, codes: sparse.csr_array) -> np.ndarray:
-        return np.greater(self._mine(codes) @ self.weights, -self.bias)
+        return np.asarray(self._mine(codes) @ self.weights > -self.bias)
 
     def fire(self, codes: sparse.csr_array) -> np.ndarray:
         """On which rows one of them fires."""

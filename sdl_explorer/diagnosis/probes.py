@@ -55,7 +55,8 @@ class ConceptScore:
     main             its main latents, those that the most folds chose first; main_f1: of a logistic regression on them
     recall           share of its n rows on which a main latent fires
     full, fraction   SAEBench's two scores
-    absorbers        latent and share of the tested rows whose absorber it is, the largest share first
+    absorbers        latent and share of the tested rows whose absorber it is, the largest share first; folds choose their own main
+                     latents, so that one of `main` can be an absorber where another fold is scored
     below            the concepts below it with at least LEAST_BELOW tested rows, those that lose the most first
     """
 
