@@ -43,8 +43,8 @@ class Absorbed(pn.viewable.Viewer):
         look = self.host.look()
         if self.host.has_families:
             found = self.host.value(find_absorption)
-            edges = [edge for edge in found.edges if edge.absorber >= 0] if found is not None else []
-            if not edges:
+            edges = [] if found is None else [edge for edge in found.edges if edge.absorber >= 0]
+            if found is None or not edges:
                 return None
             edge = chosen(found, look, sorted(edges, key=lambda e: -(e.gap or 0.0)))
             words = f"Latent {edge.absorber} writes {found.names[edge.parent]} where {found.names[edge.child]} is active."
