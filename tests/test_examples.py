@@ -84,7 +84,7 @@ def test_the_seed_decides_and_memory_is_bounded(monkeypatch):
     np.testing.assert_array_equal(*same)
     assert not np.array_equal(same[0], other)
     monkeypatch.setattr(examples, "WAITING", 50)
-    reservoir, keys = examples._Reservoir(4, 7, "cpu"), torch.rand(7, 90).round(decimals=1)
+    reservoir, keys = examples.Reservoir(4, 7, "cpu"), torch.rand(7, 90).round(decimals=1)
     for start in range(0, 90, 30):
         rows = torch.arange(start, start + 30).repeat(7)
         reservoir.add(torch.arange(7).repeat_interleave(30), keys[:, rows[:30]].flatten(), rows, rows.float())
