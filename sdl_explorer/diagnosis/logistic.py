@@ -98,7 +98,7 @@ class MainLatents:
 
     def fire(self, codes: sparse.csr_array) -> np.ndarray:
         """On which rows one of them fires."""
-        return (self._mine(codes) > 0).any(axis=1)
+        return np.asarray((self._mine(codes) > 0).any(axis=1))
 
     def _mine(self, codes: sparse.csr_array) -> np.ndarray:
         return codes[:, list(self.latents)].toarray()

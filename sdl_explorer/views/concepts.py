@@ -6,8 +6,9 @@ import holoviews as hv
 import numpy as np
 import pandas as pd
 
+from sdl_explorer.diagnosis.concept_scores import LEAST_F1, ConceptAbsorption, ConceptScore
 from sdl_explorer.diagnosis.health import check_health
-from sdl_explorer.diagnosis.probes import LEAST_F1, ConceptAbsorption, ConceptScore, score_absorption
+from sdl_explorer.diagnosis.probes import score_absorption
 from sdl_explorer.views.absorption import unfaded
 from sdl_explorer.views.frame import TYPE, bars, empty_table, frame, row_ticks
 from sdl_explorer.views.theme import EDGES, TEXT
