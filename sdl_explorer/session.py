@@ -111,18 +111,12 @@ class Session(Settings):
         self._prepare(found)
         hold = 0 if dictionary is None else MOMENT_STEPS
         if dictionary is None:
-            dictionary = method.build(source.width_in, source.width_out, n_latents, stream(self.seed, "weights"))
-            stored = "mean" if source.n is not None else "none"
-            start = {"centre": stored if self.centre == "auto" else self.centre, "normalise": self.normalise, "pre_bias": self.pre_bias}
-            if start != {"centre": "none", "normalise": False, "pre_bias": False}:
-                dictionary = started_on(dictionary, source.sample(CHOOSE_ROWS, stream(self.seed, "centre"), "train"), **start)
+            dictionary = self._placed(method.build(source.width_in, source.width_out, n_latents, stream(self.seed, "weights")))
         weights = copy.deepcopy(dictionary).to(device=self.device, dtype=torch.float32).requires_grad_(True)
         method.fits(weights)
         ramped(method, ramps, 0).retune(weights.nonlinearity)
         weights.provenance = weights.provenance | {"kind": source.sample(1, stream(self.seed, "kind"), "choose").kind}
-        schedule = Schedule(self.lr, self.warmup_steps, self.decay_steps, hold, self.decay, ramps)
-        state = TrainState.start(weights, schedule, self.seed, self.dead_after, self.optimiser)
-        state.clip_norm, state.precision = self.clip_norm, self.precision
+        state = TrainState.start(weights, seed=self.seed, **self._beginning(method, hold))
         origin = "trained elsewhere" if hold else "untrained"
         self._run = self._run_in_memory(state, self._settings())
         self._call(lambda: self._run.commit("start", f"start: {self.n_latents} latents, {origin}, {self.method}"))
@@ -392,7 +386,8 @@ class Session(Settings):
     def train_seeds(self, n_steps: int, runs: int = 5) -> Seeds:
         """Pairs of runs from other seeds, with the anchors that are held here and without; `check_theory` then reads them (T7).
 
-        All have this session's settings, and start from fresh weights: the session is left as it was. stop() ends it (raises `Stopped`).
+        All have this session's settings and start from new weights; the anchored ones are pulled with the mean weight of this session's
+        pins. The session is left as it was. stop() ends it (raises `Stopped`).
         """
         n_steps, runs, pins = _count("train_seeds: n_steps", n_steps), _count("train_seeds: runs", runs), self.pins
         if pins is None:
@@ -406,9 +401,12 @@ class Session(Settings):
             if self.snapshot.job is None or done - self.snapshot.job.done > 0.02:
                 self._note({"job": Job("seeds", done)})
 
-        settings = {"batch_size": self.batch_size, "lr": self.lr, "seed": self.seed, "device": self.device, "tell": tell}
+        method = method_of(self._settings())
+        beginning = self._beginning(method)  # now: settings may change while it runs
+        begin = lambda weights, seed: TrainState.start(self._placed(weights).to(self.device), seed=seed, **beginning)
+        settings = {"batch_size": self.batch_size, "seed": self.seed, "begin": begin, "tell": tell}
         settings |= {"n_steps": n_steps, "runs": runs, "weight": float(pins.weight.mean())}
-        work = seed_steps(self.source, method_of(self._settings()), self.n_latents, pins.anchors, **settings)
+        work = seed_steps(self.source, method, self.n_latents, pins.anchors, **settings)
         try:
             self.last_seeds = self._wait(self._lane.start(self, work))
         finally:
@@ -603,6 +601,20 @@ class Session(Settings):
         values["ramps"] = {name: list(pair) for name, pair in self.ramps.items()}
         return settings_from(self.method, values)
 
+    def _placed(self, weights: SparseDictionary) -> SparseDictionary:
+        """New weights where the settings have them start."""
+        stored = "mean" if self.source.n is not None else "none"
+        start = {"centre": stored if self.centre == "auto" else self.centre, "normalise": self.normalise, "pre_bias": self.pre_bias}
+        if start == {"centre": "none", "normalise": False, "pre_bias": False}:
+            return weights
+        return started_on(weights, self.source.sample(CHOOSE_ROWS, stream(self.seed, "centre"), "train"), **start)
+
+    def _beginning(self, method: Method, hold: int = 0) -> dict[str, Any]:
+        """What `TrainState.start` takes of the settings."""
+        ramps = ramps_of(self.ramps, method, self.n_latents)
+        schedule = Schedule(self.lr, self.warmup_steps, self.decay_steps, hold, self.decay, ramps)
+        return {"schedule": schedule} | {name: getattr(self, name) for name in ("dead_after", "optimiser", "clip_norm", "precision")}
+
     def _take_settings(self) -> None:
         if self._run.store.budget != self.budget:
             self._run.store.budget = self.budget
@@ -614,7 +626,8 @@ class Session(Settings):
         """Put the settings in force back on the parameters."""
         settings = self._run.settings
         self._order, self._threads = settings["order"], settings["threads"]
-        self.method.param.update(**settings["method"]["settings"])
+        changeable = [name for name, p in self.method.param.objects("existing").items() if not p.constant]
+        self.method.param.update(**{k: v for k, v in settings["method"]["settings"].items() if k in changeable})
         self.param.update(**{k: settings[k] for k in SETTINGS})
 
     def _save(self, folder: Path) -> Path:

@@ -26,7 +26,7 @@ def test_values_become_immutable_tuples_without_repeats():
         ("selected_latents", [10]),
         ("primary_latent", 10),
         ("primary_feature", 4),
-        ("page", "Latents"),
+        ("page", "Loss"),
         ("tau", 1.5),
         ("filters", [("status", "~", "dead")]),
         ("compare", ["a", "b", "c"]),

@@ -56,6 +56,7 @@ class Method(param.Parameterized):
         1.0,
         bounds=(0, 10),
         inclusive_bounds=(False, True),
+        constant=True,
         doc="Norm of the rows at the start. Small rows turn fast, and grow.",
     )
     tie = param.Selector(default="untied", objects=["untied", "tied", "soft"], doc="Encoder rows: free, the decoder's, or pulled there.")

@@ -130,6 +130,7 @@ class _BatchTop(_Top):
     by = param.Selector(
         default="code",
         objects=["code", "contribution"],
+        constant=True,
         doc="What competes for the k places of a row: codes z_i, or contributions z_i |W_dec_i|. With unit decoder rows they are one.",
     )
 
