@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import panel as pn
+from panel.io.resources import get_dist_path
 
 from sdl_explorer.app.entry import session_of
 from sdl_explorer.app.explorer import Explorer
@@ -92,6 +93,7 @@ def _extension() -> None:
 def _visit(open_session: Callable[[], Session], owned: bool, state: ExplorerState | None = None):
     """One visitor's page. What it holds is let go when the visitor leaves."""
     _extension()
+    _stay_here()
     guest = _arrive()
     if guest is None:
         return Text(FULL, role="alert")
@@ -108,6 +110,14 @@ def _visit(open_session: Callable[[], Session], owned: bool, state: ExplorerStat
         return Text(failure(error), role="alert")
     pn.state.on_session_destroyed(_goodbye(explorer, page, guest))
     return page
+
+
+def _stay_here() -> None:
+    """Stylesheets come from this server. Panel says so only when it writes the page's HTML; what is made before, and added by
+    another thread after, would ask the internet.
+    """
+    if pn.state.curdoc is not None:
+        pn.state.curdoc.template_variables.setdefault("dist_url", get_dist_path())
 
 
 def _goodbye(explorer: Explorer, page, guest: list[Session]) -> Callable:
