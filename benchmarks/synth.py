@@ -11,8 +11,9 @@ the same judge rows, as it is used at inference, and compared at matched L0: eac
 interpolation. Of several learning rates, the first seed trains all, and each method of each library goes on at the one where its
 mean of F1 + MCC over k is largest. Cells are kept under runs/synth and are not trained again; tables go to benchmarks/results/synth.
 
-sae-lens trains with its own defaults; ours with RECIPE, which has the same ingredients: free rows that start small, a subtracted
-decoder bias, a gradient of norm at most 1, an auxiliary loss, and latents that compete by what they write.
+sae-lens trains with its own defaults; ours with RECIPE, which has the same ingredients (free rows that start small, a subtracted
+decoder bias, a gradient of norm at most 1, an auxiliary loss, latents that compete by what they write) and RAMPS. Both
+were chosen on the first seed.
 """
 
 import argparse
@@ -41,6 +42,7 @@ SHARES = (1 / 16, 1 / 8, 1 / 4, 1 / 2)  # widths of the inner prefixes in both l
 BLOCK = 2_000
 RECIPE = {"unit_norm": False, "init_norm": 0.1, "by": "contribution", "aux": 4.0}
 CLIP_NORM = 1.0
+RAMPS = {"Matryoshka": 4}  # k starts at so many times its value, and falls to it over the first third
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,9 @@ class Protocol:
         return SynthBench.full(device=device) if self.size == "full" else SynthBench(device=device)
 
 
-SCALED = Protocol("scaled", n_latents=256, steps=1_500, lr=(3e-3, 6e-3), k=(3, 5, 8), seeds=(0, 1, 2), judge_rows=50_000, record=True)
+SCALED = Protocol(
+    "scaled", n_latents=256, steps=1_500, lr=(3e-3, 6e-3, 12e-3), k=(3, 5, 8), seeds=(0, 1, 2), judge_rows=50_000, record=True
+)
 FULL = Protocol(
     "full",
     n_latents=4096,
@@ -195,7 +199,8 @@ def train_ours(protocol: Protocol, method: str, k: int, lr: float, seed: int, be
     recipe = getattr(methods, method)(**settings)
     dictionary = recipe.build(bench.width_in, bench.width_out, protocol.n_latents, stream(seed, "weights")).to(device)
     dictionary.subtract_b_dec = True
-    schedule = Schedule(lr, decay_steps=protocol.steps)
+    ramps = [("k", RAMPS[method] * k, protocol.steps // 3)] if method in RAMPS else []
+    schedule = Schedule(lr, decay_steps=protocol.steps, ramps=ramps)
     state = TrainState.start(dictionary, schedule, seed, protocol.dead_after)
     state.clip_norm = CLIP_NORM
     began = time.perf_counter()
