@@ -250,7 +250,7 @@ class SynthBench(Generated):
         return tops, t.factor[tops].T.contiguous(), t.own[tops], t.threshold[tops]
 
     @cached_property
-    def _tree(self) -> dict[str, tuple]:
+    def _tree(self) -> dict[str, Any]:
         """Parent and name of each feature, in order."""
         parents = tuple(None if p < 0 else p for p in self.model.forest.parent.tolist())
         inside = {p for p in parents if p is not None}
