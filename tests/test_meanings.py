@@ -125,12 +125,16 @@ def test_settings_out_of_range_are_refused():
 # the cut ---------------------------------------------------------------------------------------------------------------------
 
 
+def products(rows):
+    return rows @ rows.mT
+
+
 def test_cut_of_two_equal_halves_and_of_a_parent_with_its_child():
     a, b = torch.eye(4)[0], torch.eye(4)[1]
     halves = torch.stack([a] * 6 + [b] * 6)
     family = torch.stack([a] * 6 + [a + b] * 6)
     uneven = torch.stack([a] * 9 + [b] * 3)
-    found = cut_in_two(torch.stack([halves, family, uneven]), torch.ones(3, 12, dtype=torch.bool))
+    found = cut_in_two(products(torch.stack([halves, family, uneven])), torch.ones(3, 12, dtype=torch.bool))
     expected = [2, 1 / (0.5 + 0.5 / 2**0.5), 1 / (0.75**2 + 0.25**2)]
     np.testing.assert_allclose(found.modes.numpy(), expected, rtol=1e-5)
     np.testing.assert_allclose(found.cosine.numpy(), [0, 2**-0.5, 0], atol=1e-6)
@@ -141,14 +145,14 @@ def test_cut_of_two_equal_halves_and_of_a_parent_with_its_child():
 def test_rows_that_are_not_there_do_not_count():
     rows = torch.randn(1, 12, 5, generator=torch.Generator().manual_seed(0))
     there = torch.tensor([[True] * 9 + [False] * 3])
-    one, other = cut_in_two(rows[:, :9], there[:, :9]), cut_in_two(rows, there)
+    one, other = cut_in_two(products(rows[:, :9]), there[:, :9]), cut_in_two(products(rows), there)
     assert other.modes.item() == pytest.approx(one.modes.item(), abs=1e-5) and other.kind[0, 9:].tolist() == [-1] * 3
 
 
 def test_principal_places_are_those_of_a_singular_value_decomposition():
     g = torch.Generator().manual_seed(1)
     rows = torch.randn(3, 30, 8, generator=g) * torch.tensor([4.0, 2.5, 1.5, 0.3, 0.3, 0.3, 0.3, 0.3])
-    ours = principal_places(rows, torch.ones(3, 30, dtype=torch.bool))
+    ours = principal_places(products(rows), torch.ones(3, 30, dtype=torch.bool))
     for k, sample in enumerate(rows):
         left = torch.linalg.svd(sample - sample.mean(dim=0)).U
         for direction, places in enumerate(ours):
@@ -162,6 +166,7 @@ def test_the_null_is_as_strong_as_the_codes_say_and_has_one_meaning():
     there, random = torch.ones(1, 32, dtype=torch.bool), 0.02 * torch.randn(32, 40, generator=g)
     null = of_one_meaning(shifts, there, codes, random)
     mean = shifts.mean(dim=1)
-    expected = codes[0] / codes.mean() * mean.norm()
-    np.testing.assert_allclose((null[0] @ normalize(mean, dim=1)[0]).numpy(), expected.numpy(), rtol=1e-4)
-    assert cut_in_two(shifts, there).modes > 1.9 and cut_in_two(null, there).modes < 1.1
+    direction = normalize(mean, dim=1)
+    expected = (codes[0] / codes.mean() * mean.norm())[:, None] * direction + random - random @ direction.T * direction
+    np.testing.assert_allclose(null[0].numpy(), products(expected).numpy(), rtol=1e-4, atol=1e-5)
+    assert cut_in_two(products(shifts), there).modes > 1.9 and cut_in_two(null, there).modes < 1.1

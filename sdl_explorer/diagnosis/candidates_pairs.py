@@ -14,7 +14,8 @@ from sdl_explorer.diagnosis.observe import Accumulator, Rows, Stream
 from sdl_explorer.diagnosis.sparse import Csr, like, row_of
 
 MOST_CODES = 2**23  # codes that are kept; rows beyond are not read
-MOST_EVENTS, EVENTS = 2**28, 2**22  # pairs of codes on one row, that are counted at most, and in a block
+MOST_EVENTS, EVENTS = 2**28, 2**20  # pairs of codes on one row, that are counted at most, and in a block
+CACHED = 2**18  # numbers of gathered rows that stay near the processor
 MOST = 1000  # pairs that pass the test, best first, whose rows are looked at; and contained pairs that are kept
 CONTAINED = 0.95  # P(k | j) from which j fires inside k
 LOOSE = 0.5  # P(j | k) up to which k fires on its own as well
@@ -43,21 +44,28 @@ class Near(NamedTuple):
         for block in torch.arange(n, device=rows.device).split(max(1, CELLS // max(n, 1))):
             cosines = rows[block] @ rows.T
             cosines[torch.arange(len(block), device=rows.device), block] = 0
-            total += float(cosines.abs().sum(dim=1).double().sum())
-            kept = (cosines >= min_cosine) & (cosines < TWIN)
-            n_kept = kept.sum(dim=1)
-            close += int(n_kept.sum())
-            many = (n_kept > near).nonzero()[:, 0]
-            if len(many):
-                nearest = torch.where(kept[many], cosines[many], 0).topk(near, dim=1).indices
-                kept[many] = torch.zeros_like(kept[many]).scatter_(1, nearest, True)
-            line, place = kept.nonzero(as_tuple=True)
-            found.append(tuple(part.cpu().numpy() for part in (live[block[line]], live[place], cosines[line, place])))
+            total += float(torch.linalg.vector_norm(cosines, 1, dim=1).double().sum())
+            line, place = (cosines >= min_cosine).nonzero(as_tuple=True)
+            cosine = cosines[line, place]
+            kept = cosine < TWIN
+            close += int(kept.sum())
+            kept &= _rank(line, torch.where(kept, cosine, -1)) < near
+            line, place, cosine = line[kept], place[kept], cosine[kept]
+            found.append(tuple(part.cpu().numpy() for part in (live[block[line]], live[place], cosine)))
         i, j, cosine = (np.concatenate(parts) for parts in zip(*found, strict=True)) if found else (np.empty(0, int),) * 3
         keys = np.concatenate([i, j]) * len(W_dec) + np.concatenate([j, i])
         keys, first = np.unique(keys, return_index=True)
         cosine = np.tile(cosine, 2)[first].astype(np.float64)
         return cls(keys // len(W_dec), keys % len(W_dec), cosine, close - len(keys), total / (n * (n - 1)) if n > 1 else 0.0)
+
+
+def _rank(line: Tensor, value: Tensor) -> Tensor:
+    """The place of each value among those of its line, 0 for the largest; lines come in order."""
+    order = value.argsort(descending=True, stable=True)
+    by_line = order[line[order].argsort(stable=True)]
+    count = torch.bincount(line)
+    rank = torch.arange(len(line), device=line.device) - (count.cumsum(0) - count)[line]
+    return torch.empty_like(rank).scatter_(0, by_line, rank)
 
 
 class Together(NamedTuple):
@@ -113,7 +121,7 @@ class Codes(Accumulator):
             along = (written @ self.unit.T)[row, latent]
             return float((value * (along - value).abs()).double().sum())
         total = 0.0
-        for some in torch.arange(len(row), device=row.device).split(max(1, CELLS // written.shape[1])):
+        for some in torch.arange(len(row), device=row.device).split(max(1, CACHED // written.shape[1])):
             along = (written[row[some]] * self.unit[latent[some]]).sum(dim=1)
             total += float((value[some] * (along - value[some]).abs()).double().sum())
         return total
@@ -133,23 +141,23 @@ class Codes(Accumulator):
 
 
 def sums_of(codes: Csr, near: Near) -> Together:
-    """The sums at the pairs, in double precision, all pairs of one latent at a time."""
+    """The sums at the pairs, in double precision, a block of pairs at a time; a pair and its reverse are counted once."""
+    back, half = np.lexsort((near.i, near.j)), np.flatnonzero(near.i < near.j)
+    fired = np.diff(codes.indptr).astype(np.int64)
+    entry = np.arange(1, codes.nnz + 1, dtype=np.int32)
+    entries, ones = like(codes, entry), like(codes, np.ones_like(entry))
     sums = np.zeros((4, len(near.i)))
-    mine = np.zeros(codes.shape[1])
-    spans = [slice(start, stop) for start, stop in zip(codes.indptr[:-1], codes.indptr[1:], strict=True)]
-    latents, starts = np.unique(near.i, return_index=True)
-    for latent, start, stop in zip(latents, starts, [*starts[1:], len(near.i)], strict=False):
-        pairs = slice(start, stop)
-        rows = spans[latent]
-        mine[codes.indices[rows]] = codes.data[rows]
-        others = [spans[j] for j in near.j[pairs]]
-        z_i = mine[np.concatenate([codes.indices[span] for span in others])]
-        z_j = np.concatenate([codes.data[span] for span in others]).astype(np.float64)
-        first = np.cumsum([0, *(span.stop - span.start for span in others[:-1])])
-        both = z_i > 0
-        for k, values in enumerate((both, z_i * z_j, z_i, np.where(both, z_j, 0) ** 2)):
-            sums[k, pairs] = np.add.reduceat(values, first, dtype=np.float64)  # live latents fire: no part is empty
-        mine[codes.indices[rows]] = 0
+    blocks = (np.cumsum(fired[near.i[half]] + fired[near.j[half]]) - 1) // EVENTS
+    for pairs in np.split(half, np.flatnonzero(np.diff(blocks)) + 1):
+        i, j = near.i[pairs], near.j[pairs]
+        mine, theirs = csr_array(entries[i].multiply(ones[j])), csr_array(ones[i].multiply(entries[j]))  # where both fire
+        z_i, z_j = (codes.data[side.data - 1].astype(np.float64) for side in (mine, theirs))
+        of = row_of(mine)
+        both, product, of_i, of_j, square_i, square_j = (
+            np.bincount(of, values, len(pairs)) for values in (np.ones(len(of)), z_i * z_j, z_i, z_j, z_i**2, z_j**2)
+        )
+        sums[:, pairs] = both, product, of_i, square_j
+        sums[:, back[pairs]] = both, product, of_j, square_i
     return Together(*sums)
 
 
@@ -203,9 +211,10 @@ class Containment:
             self._add(latents, both)
 
     def _add(self, latents: np.ndarray, both: Csr) -> None:
-        inner, outer = np.repeat(latents, np.diff(both.indptr)), both.indices
-        inside = both.data >= CONTAINED * self.fired[inner]
-        inner, outer, n_both = inner[inside], outer[inside], both.data[inside].astype(np.int64)
+        least = np.ceil(CONTAINED * self.fired).astype(both.dtype)  # counts are whole numbers
+        at = np.flatnonzero(both.data >= np.repeat(least[latents], np.diff(both.indptr)))
+        inner, outer = latents[np.searchsorted(both.indptr, at, side="right") - 1], both.indices[at]
+        n_both = both.data[at].astype(np.int64)
         inside = (n_both <= LOOSE * self.fired[outer]) & (self.fired[inner] >= self.least)
         inside &= LIFT * self.fired[inner] * self.fired[outer] <= n_both * self.n_samples
         found = np.stack([inner, outer, n_both], axis=1)[inside]

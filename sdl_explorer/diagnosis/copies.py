@@ -38,7 +38,7 @@ def nearest_others(rows: Tensor, chosen: Tensor, threshold: float) -> Nearest:
     for block in torch.arange(m, device=rows.device).split(max(1, CELLS // m)):
         cosines = directions[block] @ directions.T
         own = torch.arange(len(block), device=rows.device), block
-        total += float(cosines.abs().sum(dtype=torch.float64) - cosines[own].sum(dtype=torch.float64))
+        total += float(torch.linalg.vector_norm(cosines, 1, dim=1).double().sum() - cosines[own].double().sum())
         cosines[own] = -torch.inf
         top, at = cosines.max(dim=1)
         where = block.cpu().numpy()

@@ -18,7 +18,7 @@ from sdl_explorer.diagnosis.spiked import OnSpikes, judge_of
 from sdl_explorer.models.dictionary import SparseDictionary
 
 FEWEST = 10  # firing rows below which a latent is not judged
-CELLS = 2**22  # numbers of the rows that are looked at together
+CELLS = 2**21  # numbers of the rows that are looked at together
 
 
 @dataclass(frozen=True, repr=False)
@@ -119,10 +119,12 @@ class _Suspect(Accumulator):
         found |= {"partners": np.full((n_latents, 2), -1), "partner_cosine": np.zeros((n_latents, 2))}
         found["kind"] = np.full(rows.shape, -1, dtype=np.int8)
         live = torch.as_tensor(np.flatnonzero(fires), device=dictionary.device)
+        writes = unit(dictionary.W_dec.detach()[live])
+        random = self._shifts("inputs", self.chance.argsort()[: self.n_rows])  # the rows least likely to have been drawn
         width = max(self.stream.activations.inputs.shape[1], self.n_rows)
         for some in np.array_split(np.flatnonzero(judged), -(-int(judged.sum()) * self.n_rows * width // CELLS) or 1):
             if len(some):
-                for name, values in self._judge(some, rows[some], codes[some], live).items():
+                for name, values in self._judge(some, rows[some], codes[some], random, live, writes).items():
                     found[name][some] = values
                 self.stream.pulse()
         same = dictionary.d_in == dictionary.d_out
@@ -143,46 +145,47 @@ class _Suspect(Accumulator):
             return suspected
         return replace(suspected, on_spikes=self.spikes.judge(np.flatnonzero(suspected.candidate), "polysemantic"))
 
-    def _judge(self, latents: np.ndarray, rows: np.ndarray, codes: np.ndarray, live: Tensor) -> dict[str, np.ndarray]:
+    def _judge(
+        self, latents: np.ndarray, rows: np.ndarray, codes: np.ndarray, random: Tensor, live: Tensor, writes: Tensor
+    ) -> dict[str, np.ndarray]:
         device = self.stream.dictionary.device
         at = torch.as_tensor(rows, dtype=torch.int64, device=device)
         there = at >= 0
         shifts = self._shifts("inputs", at)
-        found = cut_in_two(shifts, there)
+        found = cut_in_two(shifts @ shifts.mT, there)
         score = found.modes - 1
         null, partners, cosines = torch.zeros_like(score), at.new_full((len(at), 2), -1), score.new_zeros(len(at), 2)
         high = (score >= self.threshold).nonzero()[:, 0]
         if len(high):
-            random = self._shifts("inputs", self.chance.argsort()[: rows.shape[1]])  # the rows least likely to have been drawn
             single = of_one_meaning(shifts[high], there[high], torch.as_tensor(codes, device=device)[high], random)
             null[high] = cut_in_two(single, there[high]).modes - 1
             high = high[score[high] > null[high]]
             same = self.stream.activations.targets is self.stream.activations.inputs
             written = shifts[high] if same else self._shifts("targets", at[high])
-            partners[high], cosines[high] = self._partners(torch.as_tensor(latents, device=device)[high], written, found.kind[high], live)
+            sides = torch.stack([found.kind[high] == kind for kind in (0, 1)], dim=1).float()
+            own = torch.searchsorted(live, torch.as_tensor(latents, device=device)[high])
+            place, cosines[high] = _nearest(unit((sides @ written).flatten(0, 1)), writes, own.repeat_interleave(2))
+            partners[high] = torch.where(place >= 0, live[place], -1)
         values = {"score": score, "null": null, "smaller": found.smaller, "mode_cosine": found.cosine, "kind": found.kind}
         values |= {"partners": partners, "partner_cosine": cosines}
         return {name: value.cpu().numpy() for name, value in values.items()}
-
-    def _partners(self, latents: Tensor, shifts: Tensor, kind: Tensor, live: Tensor) -> tuple[Tensor, Tensor]:
-        """For both kinds, the live latent that writes most nearly what is there, and its cosine: ids (m, 2), and (m, 2)."""
-        W_dec = unit(self.stream.dictionary.W_dec.detach()[live])
-        own = torch.searchsorted(live, latents)
-        ids, cosines = [], []
-        for k in (0, 1):
-            means = unit(((kind == k)[:, None].float() @ shifts)[:, 0])
-            near = (means @ W_dec.T).scatter_(1, own[:, None], -torch.inf)
-            cosine, place = near.max(dim=1)
-            known = cosine > -1  # the only live latent has no partner
-            ids.append(torch.where(known, live[place], -1))
-            cosines.append(torch.where(known, cosine, 0))
-        return torch.stack(ids, dim=1), torch.stack(cosines, dim=1)
 
     def _shifts(self, side: str, at: Tensor) -> Tensor:
         """Rows less the mean over all rows; those that are not there (-1) come as row 0 and are left out by their mask."""
         values = getattr(self.stream.activations, side)
         mean = self.stream.input_mean if side == "inputs" else self.stream.target_mean
         return values[at.clamp_min(0).to(values.device)].to(mean) - mean
+
+
+def _nearest(means: Tensor, writes: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
+    """Which row writes most nearly the mean shift, but for the latent's own, and its cosine; -1 and 0 where there is no other. (m, 2) each:
+    both kinds of a latent follow each other."""
+    found = []
+    for mean, mine in zip(*(side.split(max(1, CELLS // len(writes))) for side in (means, own)), strict=True):
+        found.append((mean @ writes.T).scatter_(1, mine[:, None], -torch.inf).max(dim=1))
+    cosine, place = (torch.cat(side).view(-1, 2) for side in zip(*found, strict=True))
+    there = cosine > -torch.inf
+    return torch.where(there, place, -1), torch.where(there, cosine, 0)
 
 
 @finding(_Suspect)
