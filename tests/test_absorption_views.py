@@ -10,9 +10,11 @@ import torch
 
 from sdl_explorer.data.activations import Activations
 from sdl_explorer.data.bench import linear_activations
+from sdl_explorer.diagnosis import scores
 from sdl_explorer.diagnosis.absorption import find_absorption
 from sdl_explorer.diagnosis.candidates import suspect_absorption
 from sdl_explorer.diagnosis.edges import KINDS
+from sdl_explorer.diagnosis.scores import DetectorScore
 from sdl_explorer.diagnosis.spiked import OnSpikes
 from sdl_explorer.models.dictionary import SparseDictionary
 from sdl_explorer.views import words
@@ -64,6 +66,10 @@ def found():
 
 def drawn(element, kind=hv.Points) -> list:
     return [e for e in element.traverse(lambda e: e, [kind]) if len(e) and np.isfinite(e.dimension_values(0).astype(float)).any()]
+
+
+def title_of(element) -> str:
+    return hv.Store.lookup_options("bokeh", element, "plot").kwargs["title"]
 
 
 def labelled(element, label: str):
@@ -205,7 +211,8 @@ def test_without_an_absorber_there_is_nothing_to_take_apart(card):
 @pytest.fixture(scope="module")
 def suspected():
     rows = family()
-    return suspect_absorption(absorbing(rows, (1, 3)), replace(rows, truth=None))
+    found = suspect_absorption(absorbing(rows, (1, 3)), replace(rows, truth=None))
+    return replace(found, coherence=0.05)  # four latents alone are crowded; among many they would not be
 
 
 def test_the_forest_of_candidates_says_candidate_everywhere(suspected):
@@ -234,18 +241,18 @@ def test_the_pair_follows_the_selected_latent_and_shows_three_numbers(suspected)
         table = candidate_pair.table(suspected, look)
         assert (table["rows of"] == "the child").sum() == 100 and len(table) == 300
     assert f"Candidate: latent {suspected.candidates[0].child} instead of latent 0" in str(
-        hv.Store.lookup_options("bokeh", candidate_pair(suspected, Look(primary_latent=2)), "plot").kwargs["title"]
+        title_of(candidate_pair(suspected, Look(primary_latent=2)))
     )
 
 
 def test_the_containment_layer_is_grey_and_no_candidate(suspected):
     rows = family()
     half = replace(rows, inputs=rows.inputs * (torch.arange(N) % 8 < 4)[:, None], truth=None)
-    found = suspect_absorption(absorbing(rows, (3,)), replace(half, targets=half.inputs))
+    found = replace(suspect_absorption(absorbing(rows, (3,)), replace(half, targets=half.inputs)), coherence=0.05)
     assert {(p.inner, p.outer) for p in found.contained} == {(1, 0), (2, 0)}
     kinds = candidate_forest.table(found, Look()).set_index("latent")["kind"]
     assert kinds[1] == kinds[2] == "fires inside it" and kinds[3] == "candidate"
-    title = hv.Store.lookup_options("bokeh", candidate_forest(found, Look()), "plot").kwargs["title"]
+    title = title_of(candidate_forest(found, Look()))
     assert title == "1 candidate, 2 latents inside another"
 
 
@@ -261,14 +268,26 @@ def test_without_a_candidate_and_where_latents_crowd_it_says_so(suspected):
         assert words.crowded(0.4, 0.3) in card.reading(crowded, Look())
     spiked = replace(suspected, on_spikes=OnSpikes("absorbed", 3, 4, 1, 4, 12))
     assert " Precision on spike-ins here: 0.75 (3 of 4, 95 %:" in candidate_forest.reading(spiked, Look())
-    assert "Not reliable here" in hv.Store.lookup_options("bokeh", candidate_forest(crowded, Look()), "plot").kwargs["title"]
+    assert "No claim here: latents crowd each other" in title_of(candidate_forest(crowded, Look()))
+
+
+@pytest.mark.parametrize("precision", [0.9, 0.4])
+def test_candidates_are_claimed_only_where_the_detector_is_confident(suspected, monkeypatch, precision):
+    measured = DetectorScore("absorption", 0.0, 0.1, 100, 40, 30, precision, 0.7, 0.95, 0.1)
+    monkeypatch.setattr(scores, "_table", lambda: {"absorption": (measured,)})
+    said = [card.reading(suspected, Look(primary_latent=1)) for card in (candidate_forest, candidate_pair)]
+    titles = [title_of(card(suspected, Look())) for card in (candidate_forest, candidate_pair)]
+    for text in said:
+        assert f'Detector "absorption": precision {precision:.2f}, recall 0.70 on benches' in text
+        assert text.startswith("No claim") is ("may have taken" not in text) is (precision < 0.5)
+    assert all(("No claim" in title) is (precision < 0.5) for title in titles)
 
 
 def test_many_candidates_are_drawn_in_part_and_the_table_has_all():
     rows = family(40)
     found = suspect_absorption(absorbing(rows, range(1, 41)), rows, least=5)
     assert len(found.candidates) == 40
-    title = hv.Store.lookup_options("bokeh", candidate_forest(found, Look()), "plot").kwargs["title"]
+    title = title_of(candidate_forest(found, Look()))
     assert "40 candidates" in title and "20 and 0 drawn" in title
     assert len(candidate_forest.table(found, Look())) == 40
 
@@ -310,7 +329,7 @@ def test_the_page_is_there_where_concepts_have_parents(explorer):
     assert explorer.desk.value(find_absorption) is None  # computed when the page is opened
     explorer.state.page = "Absorption"
     explorer.desk.settle()
-    assert [card.view.id for card in frame.shown.cards] == ["H1", "H2", "H3", "H4", "H5", "H6"]
+    assert [card.view.id for card in frame.shown.cards] == ["H1", "H2", "H3", "H4", "H5", "H6", "H7", "H8"]
     found = explorer.desk.value(find_absorption)
     assert found is explorer.session.find(find_absorption)
     for card in frame.shown.cards[:4]:
@@ -330,7 +349,7 @@ def test_a_row_of_the_tree_is_a_selection(explorer):
     explorer.desk.settle()
     frame._key("T")
     explorer.desk.settle()
-    assert set(explorer.state.twins) == {"H1", "H2", "H3", "H4", "H5", "H6"}
+    assert set(explorer.state.twins) == {"H1", "H2", "H3", "H4", "H5", "H6", "H7", "H8"}
     explorer.desk.select(features=(2,))
     assert explorer.state.primary_feature == 2
 
@@ -353,9 +372,10 @@ def test_buttons_open_the_forms_with_the_edge_in_front(explorer, monkeypatch):
     part._split()
     assert explorer.state.selected_latents == (5,) and called == ["anchor", "unabsorb"]
     assert explorer.desk.plan is None and explorer.session.head.kind != "unabsorb"
-    monkeypatch.setattr(explorer.desk, "value", lambda finding: None)
-    part.refresh()
-    assert part.anchor.disabled and part.split.disabled and part.said.text == "No absorber."
+    for value, said in ((None, words.NOT_COMPUTED), (replace(found, edges=()), words.NO_ABSORBERS)):
+        monkeypatch.setattr(explorer.desk, "value", lambda finding, value=value: value)
+        part.refresh()
+        assert part.anchor.disabled and part.split.disabled and part.said.text == said
 
 
 def test_without_truth_the_buttons_follow_the_candidate():
@@ -386,12 +406,12 @@ def test_flat_data_and_data_without_truth_have_the_candidates():
             frame = explorer.__panel__()
             explorer.state.page = "Absorption"
             explorer.desk.settle()
-            assert [card.view.id for card in frame.shown.cards] == ["H5", "H6", "H1", "H2", "H3", "H4"]
-            assert [card._view.visible for card in frame.shown.cards] == [True, True, *[False] * 4]
+            assert [card.view.id for card in frame.shown.cards] == ["H7", "H8", "H5", "H6", "H1", "H2", "H3", "H4"]
+            assert [card._view.visible for card in frame.shown.cards] == [False, False, True, True, *[False] * 4]
             frame.refresh()
             found = explorer.desk.value(suspect_absorption)
             assert (found is session.find(suspect_absorption) and explorer.desk.value(find_absorption) is None) or source is flat
-            for card in frame.shown.cards[:2]:
+            for card in frame.shown.cards[2:4]:
                 view, look = card.view, explorer.look()
                 assert (card.reading.text or card.words.text) == (view.empty(found, look) or view.reading(found, look))
             explorer.close()

@@ -14,6 +14,7 @@ from sdl_explorer.views.words import NO_SELECTION, count, plural
 OF = (check_health, Chosen(probe_landscape, "latents", "primary_latent"))
 NAMED = 9  # regions with a number on the map
 SAID = 4  # regions in the sentence
+EDGE = 0.14  # radians around the map: a mark on its border is whole
 REGIONS = ("number", "sets", "share of the map", "least loss", "largest loss")
 QUARTERS = [(k * np.pi / 2, word) for k, word in enumerate(("0", "π/2", "π", "3π/2", "2π"))]
 ONLY_TWO = "2-D slice; most directions are not shown"
@@ -31,7 +32,7 @@ def region_map(health, landscape, look):
     sentence and the table. ● where the rows are now, ★ the least loss on the map. The loss inside a region is often flat, so descent
     changes it only by crossing a border."""
     found, theme = landscape.map, look.theme
-    turns, step = (0.0, 2 * np.pi), 2 * np.pi / len(found.angles[0])
+    turns, step = (-EDGE, 2 * np.pi + EDGE), 2 * np.pi / len(found.angles[0])
     layers: list = _image(found.profiled, (0, 0, 2 * np.pi, 2 * np.pi), "loss left", theme)
     layers.append(hv.Segments(_borders(found.region, step), ["x0", "y0", "x1", "y1"]).opts(color=SEAM, line_width=1))
     places = _middles(found.region, min(NAMED, len(found.regions)))

@@ -8,7 +8,7 @@ from sdl_explorer.diagnosis.absorption import find_absorption
 from sdl_explorer.diagnosis.candidates import suspect_absorption
 from sdl_explorer.views.absorption import chosen
 from sdl_explorer.views.candidates import chosen_candidate
-from sdl_explorer.views.words import NO_CANDIDATES
+from sdl_explorer.views.words import NO_ABSORBERS, NO_CANDIDATES, NOT_COMPUTED
 from sdl_explorer.widgets.kit import Text, button, row, sheet
 
 STEPS = 500
@@ -57,10 +57,17 @@ class Absorbed(pn.viewable.Viewer):
 
     def refresh(self) -> None:
         case, session = self.case(), self.host.session
-        self.said.text = (NO_CANDIDATES if not self.host.has_families else "No absorber.") if case is None else case.words
+        self.said.text = self._none() if case is None else case.words
         self.anchor.disabled = case is None or case.parent is None or not session.writable
         self.split.disabled = case is None or not session.writable
         self.retrain.disabled = self.host.snapshot.running or not session.writable
+
+    def _none(self) -> str:
+        """Why no edge is in front."""
+        known = self.host.has_families
+        if self.host.value(find_absorption if known else suspect_absorption) is None:
+            return NOT_COMPUTED
+        return NO_ABSORBERS if known else NO_CANDIDATES
 
     def _anchor(self, event=None) -> None:
         case = self.case()
