@@ -3,6 +3,7 @@
     python benchmarks/detectors.py              some ten minutes of one core; goes on where it was interrupted
     python benchmarks/detectors.py --report     the tables, from the dictionaries that are judged so far
     python benchmarks/detectors.py --anew       detectors have changed: judges the trained dictionaries again
+                                                (--anew absorption: with that detector alone)
 
 Trains small dictionaries on LinearBench and HierarchyBench over a grid of sparsity, interference (n_features / d_in), width and method.
 Each detector reads 10,000 judge rows without truth; the truth comes from 100,000 fresh rows. A new detector is one entry of DETECTORS.
@@ -14,7 +15,7 @@ quote to sdl_explorer/assets/detector_scores.csv.
 import argparse
 import json
 import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import fields
 from functools import cached_property
 from pathlib import Path
@@ -115,10 +116,11 @@ def silent(session: Session, truth: Truths) -> Units:
 
 
 def absorption(session: Session, truth: Truths) -> Units:
-    """Pairs of latents with decoder cosines of 0.2 to 0.9; true: see `score_candidates`, on the fresh rows."""
+    """Pairs of latents with decoder cosines of 0.2 to 0.9; true: see `score_candidates`, on the fresh rows. Candidates are no claims
+    where `suspect_absorption` itself says that latents crowd each other (`reliable`)."""
     found = session.find(suspect_absorption, n=JUDGE_ROWS)
     score, truth = score_candidates(found, truth.absorption)
-    named = {(c.parent, c.child) for c in found.candidates}
+    named = {(c.parent, c.child) for c in found.candidates} if found.reliable else set()
     claimed = [pair in named for pair in zip(found.examined.parent.tolist(), found.examined.child.tolist(), strict=True)]
     return Units(score, np.array(claimed + [False] * (len(score) - len(claimed)), dtype=bool), truth.astype(bool))
 
@@ -182,6 +184,13 @@ def run(cell: Cell) -> list[dict]:
     return rows
 
 
+def forget(cell: Cell, names: Iterable[str]) -> None:
+    """So that these detectors judge again."""
+    judged = RUNS / cell.name / "detectors.json"
+    if judged.exists():
+        judged.write_text(json.dumps([row for row in json.loads(judged.read_text()) if row["detector"] not in names]))
+
+
 # scores ------------------------------------------------------------------------------------------------------------------------
 
 
@@ -221,7 +230,8 @@ def report(runs: pd.DataFrame) -> None:
     regimes = pd.concat([coherence.assign(regime="mean coherence"), l0.assign(regime="L0")])
     regimes.to_csv(OUT / "regimes.csv", index=False, float_format="%.4g")
     own = [field.name for field in fields(DetectorScore)]
-    coherence[coherence["claimed"] > 0][own].to_csv(TABLE, index=False, float_format="%.4g")
+    claims = coherence.groupby("detector")["claimed"].transform("sum") > 0
+    coherence[claims][own].to_csv(TABLE, index=False, float_format="%.4g")
     head = (
         f"`python benchmarks/detectors.py`: {runs['cell'].nunique()} dictionaries, seeds {sorted(runs['seed'].unique().tolist())}, "
         f"{STEPS:,} steps of 256 rows each, on one CPU core ({platform.machine()}, torch {torch.__version__}).\n\n"
@@ -253,7 +263,7 @@ def report(runs: pd.DataFrame) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--report", action="store_true")
-    parser.add_argument("--anew", action="store_true")
+    parser.add_argument("--anew", nargs="*", choices=DETECTORS, default=None)
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument(
         "--only", nargs="+", default=[""], help="train and judge the benches of these names alone, and leave the tables as they are"
@@ -267,8 +277,8 @@ def main() -> None:
     rows = []
     for at, cell in enumerate(wanted, 1):
         print(f"{at}/{len(wanted)} {cell.name}", flush=True)
-        if options.anew:
-            (RUNS / cell.name / "detectors.json").unlink(missing_ok=True)
+        if options.anew is not None:
+            forget(cell, options.anew or DETECTORS)
         rows += json.loads((RUNS / cell.name / "detectors.json").read_text()) if options.report else run(cell)
     if options.only == [""]:
         runs = pd.DataFrame(rows)

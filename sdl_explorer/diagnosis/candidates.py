@@ -11,6 +11,7 @@ from sdl_explorer.data.activations import Activations
 from sdl_explorer.diagnosis.absorption import Absorption
 from sdl_explorer.diagnosis.candidates_pairs import MOST, Codes, Contained, Containment, Near, Together, sums_of
 from sdl_explorer.diagnosis.observe import Accumulator, Rows, Stream, finding, observe
+from sdl_explorer.diagnosis.scores import DetectorScore, detector_scores
 from sdl_explorer.diagnosis.sparse import Csr, like, row_sums
 from sdl_explorer.diagnosis.spiked import OnSpikes, judge_of
 from sdl_explorer.models.dictionary import SparseDictionary
@@ -116,6 +117,16 @@ class Suspects:
     def reliable(self) -> bool:
         """Whether crosstalk and coherence are such that most candidates were right where the truth is known."""
         return self.crosstalk < CROSSTALK and self.coherence < COHERENCE
+
+    @property
+    def worth(self) -> DetectorScore:
+        """How right candidates are on benches of this coherence, where they are `reliable`."""
+        return detector_scores("absorption", self.coherence)
+
+    @property
+    def confident(self) -> bool:
+        """Whether more may be said than what the codes are."""
+        return self.reliable and self.worth.confident
 
     @property
     def forest(self) -> Int[np.ndarray, " n_latents"]:

@@ -223,7 +223,7 @@ class Guessed(_Case):
 
     def _absorbed(self) -> Iterator[Verdict]:
         suspects, pairs = self.found[suspect_absorption], {}
-        for edge in suspects.candidates if suspects.reliable and not self.dictionary.tied else ():
+        for edge in suspects.candidates if suspects.confident and not self.dictionary.tied else ():
             taken = self.asked.pinned | set(pairs) | set(pairs.values())
             if edge.child not in taken and edge.parent not in self.asked.pinned | set(pairs):
                 pairs[int(edge.child)] = int(edge.parent)
@@ -235,6 +235,7 @@ class Guessed(_Case):
             f"where latent {best.child} fires, latent {best.parent} has {best.attenuation:.0%} of its usual activation left, and both "
             f"together write {best.completion:.0%} of it (score {best.score:.2f})",
             f"crosstalk is {suspects.crosstalk:.2f}, coherence {suspects.coherence:.2f}; a pair that excludes itself gives the same data",
+            str(suspects.worth),
         )
         advice = Unabsorb(latents=list(pairs), parents=list(pairs.values()))
         yield self._verdict("absorbed", claim, evidence, advice, tuple(dict.fromkeys([*pairs, *pairs.values()])))

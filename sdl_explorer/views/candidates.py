@@ -102,6 +102,8 @@ def _(found, look):
     warned = _warned(found)
     if not found.candidates:
         return f"{NO_CANDIDATES} {_examined(found)}{warned}"
+    if not found.confident:
+        return f"No claim. {_counted(found)}{warned}"
     return f"{_counted(found)} Best: {_told(found.candidates[0])}.{warned}"
 
 
@@ -153,8 +155,8 @@ def candidate_pair(found, look):
         ylim=limits([0, float(points[:, 0].max()), edge.reference]),
         xlabel=f"code of latent {edge.child}, the child, times its norm",
         ylabel=f"code of latent {edge.parent}, the parent",
-        title=f"Candidate: latent {edge.child} instead of latent {edge.parent}\nleft {edge.attenuation:.2f} · together "
-        f"{edge.completion:.2f} · cosine {edge.cosine:.2f}",
+        title=f"{'Candidate' if found.confident else 'No claim'}: latent {edge.child} instead of latent {edge.parent}\n"
+        f"left {edge.attenuation:.2f} · together {edge.completion:.2f} · cosine {edge.cosine:.2f}",
         height=380,
     )
 
@@ -165,9 +167,11 @@ def _(found, look):
     if why is not None:
         return why
     edge = found.candidates[chosen_candidate(found, look)]
-    warned = _warned(found)
+    warned, claim = _warned(found), f"Candidate: {_told(edge)}."
+    if not found.confident:
+        claim = f"No claim about latents {edge.child} and {edge.parent}, only what their codes are."
     return (
-        f"Candidate: {_told(edge)}. Latent {edge.parent} fires on {edge.given_child:.0%} of latent {edge.child}'s "
+        f"{claim} Latent {edge.parent} fires on {edge.given_child:.0%} of latent {edge.child}'s "
         f"{plural(edge.n_child, 'row')}, latent {edge.child} on {edge.given_parent:.0%} of latent {edge.parent}'s {count(edge.n_parent)}. "
         f"A hole in {edge.holes:.0%} of {plural(edge.n_looked, 'row')} looked at: the row has the parent's direction, its latent gives "
         f"little.{warned}"
@@ -258,9 +262,10 @@ def _told(edge: Candidate) -> str:
 
 
 def _warned(found: Suspects) -> str:
-    """How far to trust it: what spike-ins say, and whether latents crowd each other."""
+    """How far to trust it: the detector's precision on benches, what spike-ins say, and whether latents crowd each other."""
+    worth = f' Detector "absorption": {found.worth}.'
     spikes = "" if found.on_spikes is None else f" {str(found.on_spikes).capitalize()}."
-    return spikes if found.reliable else f"{spikes} {crowded(found.crosstalk, found.coherence)}"
+    return f"{worth}{spikes}" if found.reliable else f"{worth}{spikes} {crowded(found.crosstalk, found.coherence)}"
 
 
 def _shares(pair: Contained) -> str:
@@ -283,7 +288,9 @@ def _title(found: Suspects, rows: list[_Row]) -> str:
     said = f"{plural(len(found.candidates), 'candidate')}, {plural(found.n_contained, 'latent')} inside another"
     if drawn < len(found.candidates) or grey < found.n_contained:
         said += f"; {count(drawn)} and {count(grey)} drawn, one parent a latent, best first"
-    return said if found.reliable else f"{said}\nNot reliable here: latents crowd each other"
+    if not found.reliable:
+        return f"{said}\nNo claim here: latents crowd each other"
+    return said if found.confident else f"{said}\nNo claim here: {found.worth}"
 
 
 def _line(edge: Candidate) -> tuple:
