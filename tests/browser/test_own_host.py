@@ -1,4 +1,4 @@
-"""Nothing on a page comes from another host: not when it opens by its address, not when its theme changes. `page` fails at any such request."""
+"""Nothing on a page comes from another host: not at its address, not in another theme. `page` fails at any such request."""
 
 from urllib.parse import urlsplit
 
