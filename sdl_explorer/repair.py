@@ -1,4 +1,8 @@
-"""Which advice helps? Each verdict's intervention is judged by pairs with and without it, beside a sham, and kept only if it passes."""
+"""Which advice helps? Each verdict's intervention is judged by pairs with and without it, beside a sham, and kept only if it passes.
+
+Of 80 verdicts whose advice was given random directions instead of its own, none was kept: 0.0 %, 95 % interval 0.0 % to 4.5 %
+(Clopper-Pearson; `OMP_NUM_THREADS=1 python benchmarks/repair.py`, planted damage in benches of 24 or 32 features).
+"""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -6,12 +10,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
-from scipy.stats import t as student
 
 from sdl_explorer.control import ARMS, Stopped, paired
 from sdl_explorer.data.activations import Activations
 from sdl_explorer.data.anchors import Anchors
-from sdl_explorer.diagnosis.compare import BETTER, ENOUGH, MEASURES, Control
+from sdl_explorer.diagnosis.compare import BETTER, ENOUGH, MEASURES, Control, Paired
 from sdl_explorer.diagnosis.verdict import Verdict
 from sdl_explorer.training.commits import Commit
 from sdl_explorer.training.plan import Plan
@@ -19,14 +22,6 @@ from sdl_explorer.training.run import Run
 
 LEVEL = 0.05  # of all tries together
 SINGLE = ("resample", "realign")  # what changes each latent on its own, so that some can be left out
-
-
-class Gain(NamedTuple):
-    """Mean difference to another arm with its interval, in the direction that is better."""
-
-    mean: float
-    low: float
-    high: float
 
 
 @dataclass(frozen=True, repr=False)
@@ -37,7 +32,7 @@ class Tried:
     why: str
     plan: Plan | None = None
     control: Control | None = None
-    gains: tuple[Gain, ...] = ()  # against as many plain steps, and against the sham
+    gains: tuple[Paired, ...] = ()  # against as many plain steps, and against the sham
     kept: bool = False
 
     def __repr__(self) -> str:
@@ -46,10 +41,10 @@ class Tried:
 
 @dataclass(frozen=True, repr=False)
 class Repair:
-    """What `session.repair` proposes. The session is as it was; `apply(session)` applies what was kept.
+    """What `session.repair` proposes. The session is as it was, without `apply=True`; `apply(session)` applies what was kept.
 
     tried    every verdict that was looked at, in order;   n_verdicts  how many there were;   n_tries   how many the level is shared by
-    step     of the session that was judged
+    step     of the session that was judged;   applied  the commits of what was kept, with `apply=True`
     """
 
     tried: tuple[Tried, ...]
@@ -59,6 +54,7 @@ class Repair:
     runs: int
     step: int
     stopped: bool = False
+    applied: tuple[Commit, ...] = ()
 
     def __repr__(self) -> str:
         return f"Repair({self.reading})"
@@ -70,6 +66,8 @@ class Repair:
 
     def apply(self, session) -> tuple[Commit, ...]:
         """Apply what was kept to the session that was judged, at the step at which it was."""
+        if self.applied:
+            raise ValueError("Repair.apply: what was kept is applied already; session.revert takes it back.")
         if session.step != self.step:
             raise ValueError(
                 f"Repair.apply: the plans were judged at step {self.step} and the session is at step {session.step}; revert to that step, "
@@ -89,7 +87,8 @@ class Repair:
         )
         told = " ".join(f"{'Kept' if one.kept else 'Not kept'}: {one.verdict.claim} {one.why}" for one in self.tried)
         passed = "" if self.kept else " Nothing passed, so nothing is proposed."
-        end = " Nothing was applied yet: repair.apply(session) does it." if self.kept else ""
+        end = " Nothing was applied yet: repair.apply(session) does it." if self.kept and not self.applied else ""
+        end = f" Applied: {', '.join(commit.kind for commit in self.applied)}." if self.applied else end
         return f"{how} {told}{' Stopped before the rest.' if self.stopped else ''}{passed}{end}"
 
     def table(self) -> pd.DataFrame:
@@ -103,28 +102,17 @@ class Repair:
         return pd.DataFrame(rows)
 
 
-def gains_of(control: Control, level: float, step: float = 0.0) -> tuple[Gain, Gain]:
-    """Treated less untreated, and treated less sham, at 1 - level.
+def gains_of(control: Control, level: float, step: float = 0.0) -> tuple[Paired, Paired]:
+    """`Control.difference` of the primary to untreated and to sham at 1 - level, in the direction that is better.
 
-        mean(d) +- t(1 - level / 2, n - 1) * max(sd(d), step / 2) * sqrt(1 / n)        d = treated - untreated, pair by pair
-        mean(d) +- t(1 - level / 2, n - 1) * max(sd(d), step / 2) * sqrt(1 + 1 / n)    d = treated - sham
-
-    The sham draws new directions in every pair, while the treatment is one draw that all pairs share: whether it is better than
-    what chance would have given is a question of one more draw, hence the second interval. `step` is the smallest difference that
-    the score can show, such as one feature: one that comes or goes by chance has a standard deviation of at most half of it, and five
-    pairs that agree do not prove less.
+    `step` is the smallest difference that the score can show, such as one feature: one that comes or goes by chance has a standard
+    deviation of at most half of it, and five pairs that agree do not prove less.
     """
-    sign, n = BETTER[control.primary], control.n
-    quantile = float(student.ppf(1 - level / 2, n - 1))
-    gains = []
-    for other, extra in ((control.untreated, 0.0), (control.sham, 1.0)):
-        d = sign * (control.treated[control.primary] - other[control.primary])
-        half = quantile * max(float(np.std(d, ddof=1)), step / 2) * np.sqrt(extra + 1 / n)
-        gains.append(Gain(float(d.mean()), float(d.mean() - half), float(d.mean() + half)))
-    return gains[0], gains[1]
+    untreated, sham = (control.difference(control.primary, against, level, least=step / 2) for against in ("untreated", "sham"))
+    return (untreated, sham) if BETTER[control.primary] > 0 else (-untreated, -sham)
 
 
-def judged(control: Control, level: float, step: float) -> tuple[bool, str, tuple[Gain, ...]]:
+def judged(control: Control, level: float, step: float) -> tuple[bool, str, tuple[Paired, ...]]:
     """Better than as many plain steps and than the sham; without recovery on the scoreboard it has to be harmless as well."""
     gains = gains_of(control, level, step)
     trained, sham = gains
@@ -224,5 +212,5 @@ def _without(plan: Plan, changed: set[int]) -> Plan:
     return plan.drop(again)
 
 
-def _said(gain: Gain) -> str:
+def _said(gain: Paired) -> str:
     return f"{gain.mean:+.3f} ({gain.low:+.3f} to {gain.high:+.3f})"

@@ -111,7 +111,8 @@ class Session(Settings):
         self._prepare(found)
         hold = 0 if dictionary is None else MOMENT_STEPS
         if dictionary is None:
-            dictionary = self._placed(method.build(source.width_in, source.width_out, n_latents, stream(self.seed, "weights")))
+            dictionary = method.build(source.width_in, source.width_out, n_latents, stream(self.seed, "weights"))
+            dictionary = self._placed(dictionary, self.seed)
         weights = copy.deepcopy(dictionary).to(device=self.device, dtype=torch.float32).requires_grad_(True)
         method.fits(weights)
         ramped(method, ramps, 0).retune(weights.nonlinearity)
@@ -403,7 +404,7 @@ class Session(Settings):
 
         method = method_of(self._settings())
         beginning = self._beginning(method)  # now: settings may change while it runs
-        begin = lambda weights, seed: TrainState.start(self._placed(weights).to(self.device), seed=seed, **beginning)
+        begin = lambda weights, seed: TrainState.start(self._placed(weights, seed).to(self.device), seed=seed, **beginning)
         settings = {"batch_size": self.batch_size, "seed": self.seed, "begin": begin, "tell": tell}
         settings |= {"n_steps": n_steps, "runs": runs, "weight": float(pins.weight.mean())}
         work = seed_steps(self.source, method, self.n_latents, pins.anchors, **settings)
@@ -435,15 +436,26 @@ class Session(Settings):
             self._note({"job": None})
 
     def repair(
-        self, budget: int = 20_000, *, n_steps: int = 200, runs: int = 5, n: int = JUDGE_ROWS, verdicts: list[Verdict] | None = None
+        self,
+        budget: int = 20_000,
+        *,
+        n_steps: int = 200,
+        runs: int = 5,
+        n: int = JUDGE_ROWS,
+        verdicts: list[Verdict] | None = None,
+        apply: bool = False,
     ) -> Repair:
         """Try the verdicts' interventions (None: those of `explain`) and propose what is better than as many steps and than its sham.
 
         `budget`: training steps to spend in all. A try takes `runs` pairs of three arms of `n_steps`, judged on `n` judge rows. All
-        happens on a branch: the session is left as it was, and `Repair.apply(session)` applies what passed. stop() ends it with
-        what was finished.
+        happens on a branch: the session is left as it was, and `Repair.apply(session)` applies what passed. With `apply`, that is done
+        at once, unless stop() ended it: then there is what was finished, and nothing is applied.
         """
         budget, n_steps, runs = (_count(f"repair: {name}", v) for name, v in (("budget", budget), ("n_steps", n_steps), ("runs", runs)))
+        if apply:
+            self._require_writer("repair")
+            if self.running:
+                raise ValueError("repair: apply=True, and the session is training, so that it will have moved on by then; stop() it first.")
         rows = self._judge_rows(n).to(self.device)
         verdicts = self.find(explain, n=n) if verdicts is None else verdicts
         if not self.running:
@@ -456,10 +468,11 @@ class Session(Settings):
             twin._call(lambda: twin._run.take_settings(self._settings()))
             anchors = self.anchors if rows.truth is None else None
             bench = Bench(twin._run, rows, anchors, twin._call, drain, self._stop.is_set, tell)
-            return try_repairs(bench, verdicts, budget, n_steps, runs)
+            found = try_repairs(bench, verdicts, budget, n_steps, runs)
         finally:
             twin.close()
             self._note({"job": None})
+        return replace(found, applied=found.apply(self)) if apply and not found.stopped else found
 
     def find(self, finding, *, n: int = JUDGE_ROWS, progress: Callable[[float], None] | None = None, **settings):
         """One finding's result, or a list of results from one pass over `n` judge rows; cached by state and settings.
@@ -601,13 +614,13 @@ class Session(Settings):
         values["ramps"] = {name: list(pair) for name, pair in self.ramps.items()}
         return settings_from(self.method, values)
 
-    def _placed(self, weights: SparseDictionary) -> SparseDictionary:
+    def _placed(self, weights: SparseDictionary, seed: int) -> SparseDictionary:
         """New weights where the settings have them start."""
         stored = "mean" if self.source.n is not None else "none"
         start = {"centre": stored if self.centre == "auto" else self.centre, "normalise": self.normalise, "pre_bias": self.pre_bias}
         if start == {"centre": "none", "normalise": False, "pre_bias": False}:
             return weights
-        return started_on(weights, self.source.sample(CHOOSE_ROWS, stream(self.seed, "centre"), "train"), **start)
+        return started_on(weights, self.source.sample(CHOOSE_ROWS, stream(seed, "centre"), "train"), **start)
 
     def _beginning(self, method: Method, hold: int = 0) -> dict[str, Any]:
         """What `TrainState.start` takes of the settings."""

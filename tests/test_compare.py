@@ -53,6 +53,11 @@ def test_paired_interval_is_students():
     assert (gap.mean, gap.n) == (pytest.approx(1.2), 5)
     assert (gap.low, gap.high) == (pytest.approx(expected.low), pytest.approx(expected.high))
     assert (gap.sign, paired(other, treated).sign, paired(treated, treated).sign) == (1, -1, 0)
+    wide = paired(treated, other, redrawn=True)
+    assert (wide.mean, wide.high - wide.mean) == pytest.approx((1.2, (gap.high - gap.mean) * 6**0.5))
+    assert paired(treated, other, 0.01).high == pytest.approx(stats.ttest_rel(treated, other).confidence_interval(0.99).high)
+    assert paired(treated, treated, least=0.5).high == pytest.approx(stats.t.ppf(0.975, 4) * 0.5 / 5**0.5)
+    assert -gap == paired(other, treated)
     one = paired(treated[:1], other[:1])
     assert (one.low, one.sign) == (-np.inf, 0)
 
@@ -131,6 +136,9 @@ def test_the_table_has_a_row_per_number():
     assert row["vs untreated low"] < row["vs untreated"] < row["vs untreated high"]
     assert row["vs untreated"] == pytest.approx(row["treated"] - row["untreated"])
     assert row["vs sham"] == pytest.approx(row["treated"] - row["sham"])
+    sham = control(0.9, 0.5, 0.6)
+    wide = paired(sham.treated["recovery_decoder"], sham.sham["recovery_decoder"], redrawn=True)
+    assert (row["vs sham low"], row["vs sham high"]) == (wide.low, wide.high), "chance draws the sham anew in each pair"
     assert row["verdict"] == "improved"
     assert row["primary"]
     assert "sham" not in control(0.9, 0.5).table()

@@ -77,9 +77,8 @@ def test_a_planted_repair_is_better_than_training_on_and_than_any_reset(make):
     control = session.control(3, runs=5)
     assert control.primary == "recovery_decoder"
     assert np.all(control.treated["recovery_all"] == 1.0) and np.all(control.untreated["recovery_all"] == 0.75)
-    assert control.verdict("recovery_all") == "improved" and control.verdict("mse") == "improved"
-    for arm in ("untreated", "sham"):
-        assert control.difference("mse", arm).high < 0
+    assert control.verdict("recovery_all") == "improved"
+    assert control.difference("mse").high < 0 and (control.treated["mse"] < control.sham["mse"]).all()
 
 
 def test_a_change_of_nothing_is_not_distinguishable(make):

@@ -10,7 +10,7 @@ from torch.nn.functional import normalize
 from sdl_explorer.data.hierarchy import HierarchyBench
 from sdl_explorer.data.sources import stream
 from sdl_explorer.data.store import Stored
-from sdl_explorer.diagnosis.compare import Control
+from sdl_explorer.diagnosis.compare import Control, paired
 from sdl_explorer.diagnosis.verdict import Verdict
 from sdl_explorer.models.dictionary import SparseDictionary
 from sdl_explorer.models.methods import TopK
@@ -33,10 +33,10 @@ def _few_rows(monkeypatch):
     monkeypatch.setattr("sdl_explorer.session.CHOOSE_ROWS", 400)
 
 
-def trapped() -> SparseDictionary:
+def trapped(bias: float = 0.0) -> SparseDictionary:
     """Four pairs of features in four latents, and four that are silent."""
     rows = torch.cat([normalize(W[:4] + W[4:], dim=1), torch.zeros(4, 8)])
-    return SparseDictionary(rows, rows.clone(), nonlinearity=TopK(k=3).nonlinearity(8))
+    return SparseDictionary(rows, rows.clone(), torch.full((8,), bias), nonlinearity=TopK(k=3).nonlinearity(8))
 
 
 @pytest.fixture
@@ -83,6 +83,21 @@ def test_merged_pairs_are_split_once_a_person_applies_it(make):
         found.apply(session)
 
 
+def test_what_passed_is_applied_at_once_where_that_is_asked(make):
+    session = make().train(3)
+    before = session.commits
+    split = verdict_of(Split(latents=[0, 1, 2, 3], spares=[4, 5, 6, 7]))
+    found = session.repair(TRY, n_steps=STEPS, n=400, verdicts=[split], apply=True)
+    assert [commit.kind for commit in found.applied] == ["split"] and session.head == found.applied[-1] not in before
+    assert found.reading.endswith(" Applied: split.") and (session.dictionary.W_dec @ W.T).max(dim=0).values.min() > 0.98
+    with pytest.raises(ValueError, match="applied already"):
+        found.apply(session)
+    session.start(10**6)
+    with pytest.raises(ValueError, match="the session is training"):
+        session.repair(TRY, n_steps=STEPS, n=400, verdicts=[split], apply=True)
+    session.stop()
+
+
 def test_what_nothing_helps_is_left_and_said(make):
     """Pruning live latents, and its sham is the same; nothing passes."""
     session = make().train(2)
@@ -110,8 +125,9 @@ def test_a_repair_goes_on_from_what_was_kept(make):
 
 @pytest.mark.slow
 def test_without_truth_by_unexplained_variance(make):
-    sparse = HierarchyBench(parents=0, independent=8, d_in=8, independent_probability=0.04, magnitude_std=0.3)  # so that L0 stays
-    session = make(source=Stored(sparse.sample(6_000, stream("rows")).inputs), dead_after=500).train(2)
+    """The split costs no L0: features seldom meet, and a bias keeps what directions are off by from firing."""
+    sparse = HierarchyBench(parents=0, independent=8, d_in=8, independent_probability=0.04, magnitude_std=0.3)
+    session = make(trapped(bias=-0.2), source=Stored(sparse.sample(6_000, stream("rows")).inputs), dead_after=500).train(2)
     split = verdict_of(Split(latents=[0, 1, 2, 3], spares=[4, 5, 6, 7]))
     (one,) = session.repair(TRY, n_steps=STEPS, n=600, verdicts=[split]).tried
     assert one.control.primary == "unexplained_variance" and one.kept
@@ -128,8 +144,10 @@ def test_stop_keeps_what_was_finished(make):
 
     session.pulses.append(stop_late)
     verdicts = [verdict_of(Prune(latents=[0])), verdict_of(Prune(latents=[1]))]
-    found = session.repair(2 * TRY, n_steps=STEPS, n=400, verdicts=verdicts)
+    commits = session.commits
+    found = session.repair(2 * TRY, n_steps=STEPS, n=400, verdicts=verdicts, apply=True)
     session.pulses.clear()
+    assert session.commits == commits and found.applied == ()
     assert found.stopped and len(found.tried) == 1 and "Stopped before the rest." in found.reading
     done = [job.done for job in seen]
     assert done == sorted(done) and seen[0].name == "repair" and session.snapshot.job is None
@@ -176,13 +194,14 @@ def test_intervals_against_both_arms():
 
 def test_a_lucky_draw_of_the_sham_is_seldom_kept():
     """The treatment is one more draw of the sham, and all five pairs share it: the usual interval is fooled, this one is not."""
-    generator, kept, fooled = np.random.default_rng(0), 0, 0
+    generator, kept, better, fooled = np.random.default_rng(0), 0, 0, 0
     for _ in range(500):
         draws, noise = generator.normal(size=6), generator.normal(scale=0.2, size=(2, 5))
         control = control_of(draws[0] + noise[0], np.full(5, -9.0), draws[1:] + noise[1])
         kept += judged(control, 0.05, 0.0)[0]
-        fooled += control.difference("recovery_decoder", "sham").low > 0
-    assert kept / 500 < 0.045 and fooled / 500 > 0.1
+        better += control.better()
+        fooled += paired(control.treated["recovery_decoder"], control.sham["recovery_decoder"]).low > 0
+    assert kept / 500 < 0.045 and better == kept and fooled / 500 > 0.1
 
 
 def test_words_for_each_way_not_to_pass():

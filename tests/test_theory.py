@@ -9,6 +9,7 @@ from torch.nn.functional import normalize
 from sdl_explorer.data.activations import Activations, Truth
 from sdl_explorer.data.anchors import Anchors, Pins
 from sdl_explorer.data.bench import LinearBench, linear_activations
+from sdl_explorer.data.store import Stored
 from sdl_explorer.diagnosis.health import check_health
 from sdl_explorer.diagnosis.observe import observe
 from sdl_explorer.diagnosis.theory import check_theory
@@ -17,6 +18,7 @@ from sdl_explorer.models.dictionary import Nonlinearity, SparseDictionary
 from sdl_explorer.models.methods.gated import GatedRectified
 from sdl_explorer.models.methods.jumprelu import JumpRectified
 from sdl_explorer.models.methods.topk import BatchTopKSelection, TopK, TopKSelection
+from sdl_explorer.session import Session
 
 VERDICTS = {"holds", "violated", "assumption not met", "not checkable"}
 HALF = 0.5**0.5
@@ -536,6 +538,26 @@ def test_the_spread_is_the_mean_distance_of_pairs():
     mean = sum(left_out) / 3
     error = (2 / 3 * sum((x - mean) ** 2 for x in left_out)) ** 0.5 * 4.302653
     assert (spread.low, spread.high) == pytest.approx((spread.difference - error, spread.difference + error), rel=1e-4)
+
+
+def test_pairs_of_runs_have_the_settings_of_the_session(monkeypatch):
+    """Those without anchors are what a session of another seed trains."""
+    monkeypatch.setattr("sdl_explorer.session.CHOOSE_ROWS", 200)
+    monkeypatch.setattr("sdl_explorer.training.run.CHOOSE_ROWS", 200)
+    source = Stored(3 + 5 * LinearBench(n_features=6, d_in=5, sparsity=0.8).sample(400, seeded()).inputs)
+    settings = {"batch_size": 16, "lr": 2e-2, "decay": "cosine", "decay_steps": 4, "clip_norm": 0.5, "warmup_steps": 2, "normalise": True}
+    settings |= {"ramps": {"k": [4, 3]}, "centre": "median", "dead_after": 50}
+    with Session(source, TopK(k=2), 7, **settings) as session, Session(source, TopK(k=2), 7, seed=1, **settings) as other:
+        anchors = Anchors.from_rows(torch.eye(5)[:2])
+        session.anchor(anchors, latents=[0, 1], weight=1.0)
+        seeds = session.train_seeds(3, runs=1)
+        other._order = 1
+        expected = other.train(3).dictionary
+    (free,), (anchored,) = seeds.free, seeds.anchored
+    for name, tensor in expected.state_dict().items():
+        assert torch.equal(free.state_dict()[name], tensor), name
+    assert free.input_scale == anchored.input_scale == expected.input_scale != 1
+    assert torch.nn.functional.cosine_similarity(anchored.W_enc[:2], torch.eye(5)[:2]).min() > 0.9
 
 
 def test_pairs_of_runs_share_their_start_and_differ_by_the_anchors():

@@ -84,7 +84,7 @@ def score(
 
 
 class Paired(NamedTuple):
-    """Mean of paired differences with its 95 % interval; endless for fewer than two pairs."""
+    """Mean of paired differences with its interval, 95 % unless told; endless for fewer than two pairs."""
 
     mean: float
     low: float
@@ -96,14 +96,24 @@ class Paired(NamedTuple):
         """+1 or -1 where the interval leaves out zero, else 0."""
         return int(self.low > 0) - int(self.high < 0)
 
+    def __neg__(self) -> "Paired":
+        return Paired(-self.mean, -self.high, -self.low, self.n)
 
-def paired(treated: np.ndarray, other: np.ndarray) -> Paired:
-    """mean(d) +- t(0.975, n-1) sd(d)/sqrt(n) of d = treated - other (Student 1908)."""
+
+def paired(treated: np.ndarray, other: np.ndarray, level: float = 0.05, *, redrawn: bool = False, least: float = 0.0) -> Paired:
+    """Treated less the other, pair by pair, at 1 - level (Student 1908).
+
+        mean(d) +- t(1 - level / 2, n - 1) max(sd(d), least) sqrt(1 / n)        d = treated - other
+        mean(d) +- t(1 - level / 2, n - 1) max(sd(d), least) sqrt(1 + 1 / n)    with `redrawn`
+
+    `redrawn`: chance draws the other arm anew in every pair, while the treatment is one draw that all pairs share. Whether it is better
+    than what chance would have given is a question of one more draw; the first interval would call every lucky draw an improvement.
+    """
     differences = np.asarray(treated, dtype=float) - np.asarray(other, dtype=float)
     n, mean = len(differences), float(np.mean(differences))
     if n < 2:
         return Paired(mean, -np.inf, np.inf, n)
-    half = float(stats.t.ppf(0.975, n - 1) * differences.std(ddof=1) / np.sqrt(n))
+    half = float(stats.t.ppf(1 - level / 2, n - 1) * np.maximum(differences.std(ddof=1), least) * np.sqrt(redrawn + 1 / n))
     return Paired(mean, mean - half, mean + half, n)
 
 
@@ -113,7 +123,7 @@ class Control:
 
     treated      with the intervention
     untreated    without it, trained equally long
-    sham         the same rows reset in random directions; empty where the intervention has no sham
+    sham         the same rows reset in random directions, new ones in each pair; empty where the intervention has no sham
     before       the scoreboard at the commit before
     primary      the number that the repair names
 
@@ -146,14 +156,14 @@ class Control:
     def metrics(self) -> tuple[str, ...]:
         return tuple(self.treated)
 
-    def difference(self, metric: str, against: str = "untreated") -> Paired:
-        """Treated minus the other arm, paired."""
+    def difference(self, metric: str, against: str = "untreated", level: float = 0.05, least: float = 0.0) -> Paired:
+        """Treated minus the other arm, as in `paired`; the sham has new directions in every pair (`redrawn`)."""
         if against not in ("untreated", "sham"):
             raise ValueError(f"difference: against is {against!r}; it is untreated or sham.")
         other = self.untreated if against == "untreated" else self.sham
         if metric not in other:
             raise ValueError(f"difference: {metric!r} was not measured in the {against} arm; it holds {', '.join(other) or 'nothing'}.")
-        return paired(self.treated[metric], other[metric])
+        return paired(self.treated[metric], other[metric], level, redrawn=against == "sham", least=least)
 
     def verdict(self, metric: str | None = None) -> str:
         """One number (None: the primary) in words: improved or worse against both arms, or indistinguishable from one."""

@@ -16,7 +16,6 @@ from sdl_explorer.diagnosis.cosines import cosines_of, unit
 from sdl_explorer.models.dictionary import SparseDictionary
 from sdl_explorer.models.methods import Method
 from sdl_explorer.training.loop import train
-from sdl_explorer.training.optim import Schedule
 from sdl_explorer.training.state import TrainState
 
 NEEDED = 5  # seeds below which no spread is read
@@ -78,15 +77,14 @@ def seed_steps(
     runs: int = NEEDED,
     weight: float | int = 0.1,
     batch_size: int = 512,
-    lr: float | int = 1e-3,
     seed: int = 0,
-    device: str = "cpu",
+    begin: Callable[[SparseDictionary, int], TrainState] = lambda weights, seed: TrainState.start(weights, seed=seed),
     tell: Callable[[float], None] = lambda done: None,
 ) -> Generator[None, None, Seeds]:
     """Train `runs` pairs from seeds seed + 1, seed + 2, ..., a step for each `next()`; returns `Seeds`.
 
-    `tell` hears the share done after each step; an exception in it cancels. The first latents of one of each pair start at the anchors
-    and are held to them. Pair r reads data order r.
+    The first latents of one of each pair start at the anchors and are pulled to them. `begin(weights, seed)` makes a state of new
+    weights. Pair r reads data order r. `tell` hears the share done after each step; an exception in it cancels.
     """
     if not 1 <= len(anchors) <= n_latents:
         raise ValueError(f"train_seeds: {len(anchors)} anchors and {n_latents} latents; give at least one anchor and a latent for each.")
@@ -96,9 +94,14 @@ def seed_steps(
     for r in range(1, runs + 1):
         for held in arms:
             weights = method.build(source.width_in, source.width_out, n_latents, stream(seed + r, "weights"))
-            state = TrainState.start(weights.to(device), Schedule(lr), seed + r)
+            latents = torch.arange(len(anchors))
+            if held:  # before `begin`, which may set biases by the rows
+                with torch.no_grad():
+                    weights.W_enc[latents], weights.W_dec[latents] = anchors.inputs.to(weights.W_enc), anchors.targets.to(weights.W_dec)
+            state = begin(weights, seed + r)
             if held:
-                _hold(state, anchors, weight)
+                pull = torch.full((len(latents),), float(weight))
+                state.pins = Pins(anchors, latents, pull, torch.zeros(len(latents), dtype=torch.bool)).to(state.dictionary.device)
             steps = train(state, method, source, batch_size=batch_size, order=r)
             for step in range(n_steps):
                 next(steps)
@@ -134,12 +137,3 @@ def _distances(dictionaries: tuple[SparseDictionary, ...], features: Tensor) -> 
         W_dec = unit(dictionary.W_dec.detach().cpu())
         rows.append(W_dec[cosines_of(W_dec, features).argmax(dim=1)].double())
     return np.array([[1 - float((one * other).sum(dim=1).mean()) for other in rows] for one in rows])
-
-
-def _hold(state: TrainState, anchors: Anchors, weight: float | int) -> None:
-    """The first latents start at the anchors and are pulled to them."""
-    held, dictionary = torch.arange(len(anchors)), state.dictionary
-    with torch.no_grad():
-        dictionary.W_enc[held], dictionary.W_dec[held] = anchors.inputs.to(dictionary.W_enc), anchors.targets.to(dictionary.W_dec)
-    soft = torch.zeros(len(held), dtype=torch.bool)
-    state.pins = Pins(anchors, held, torch.full((len(held),), float(weight)), soft).to(dictionary.device)

@@ -49,11 +49,12 @@ class TrainState:
         seed: int = 0,
         dead_after: int = 100_000,
         optimiser: str = "adam",
+        **settings,
     ):
-        """Step 0: no moments, nobody has been silent yet."""
+        """Step 0: no moments, nobody has been silent yet. `settings`: `clip_norm` and `precision`."""
         silent = torch.zeros(dictionary.n_latents, dtype=torch.int64, device=dictionary.device)
         schedule = schedule or Schedule()
-        return cls(dictionary, optimiser_for(optimiser, dictionary, schedule.lr), schedule, 0, silent, None, seed, dead_after)
+        return cls(dictionary, optimiser_for(optimiser, dictionary, schedule.lr), schedule, 0, silent, None, seed, dead_after, **settings)
 
     @property
     def dead(self) -> Bool[Tensor, " n_latents"]:
