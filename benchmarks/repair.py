@@ -236,11 +236,12 @@ def report(table: pd.DataFrame, shams: pd.DataFrame, options) -> str:
         f"minutes of one CPU core ({platform.machine()}, torch {torch.__version__}).{early}",
         f"Damaged sessions are trained for {SETTLE} steps of 64 rows, *encoder* and healthy ones for {4 * SETTLE}. A try has {PAIRS} pairs "
         f"of three arms of {STEPS} steps, judged on {ROWS:,} judge rows. What `session.repair` proposed is applied and compared on {PAIRS} "
-        f"other data orders after {AFTER} steps, on {4 * ROWS:,} other judge rows: features recovered at tau = {TAU}, heldout_strict.",
+        f"other data orders after {AFTER} steps, on {4 * ROWS:,} other judge rows: features recovered at tau = {TAU}, heldout_strict. Its "
+        "intervals are paired ones, and say how the proposal stands against the mean of shams, not against one more.",
         _sessions(sessions),
         "More features than the plain pairs and than the sham, both 95 % intervals above zero: "
         + ", ".join(f"{one.sum} of {one.size} (seed {one.Index})" for one in better.itertuples())
-        + ".",
+        + ". Repair was tuned on the sessions of seed 0; those of seed 1 are the clean check.",
         f"Healthy sessions, {len(healthy)} seeds: "
         + ("; ".join(f"recovered {float(row.before):.0%}, kept {row.kept or 'nothing'}" for row in healthy.itertuples()) or "not run yet")
         + ".",
