@@ -185,6 +185,7 @@ def explorer():
         explorer.close()
 
 
+@pytest.mark.slow
 def test_the_page_follows_the_primary_latent(explorer):
     frame = explorer.__panel__()
     assert "Landscape" in frame.tabs.options
@@ -209,6 +210,7 @@ def test_the_page_follows_the_primary_latent(explorer):
     assert explorer.state.selected_features == chosen.witness.features
 
 
+@pytest.mark.slow
 def test_seeds_are_trained_where_something_is_anchored(explorer):
     frame = explorer.__panel__()
     explorer.state.page = "Landscape"

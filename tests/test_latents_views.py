@@ -397,6 +397,7 @@ def opened(explorer):
     return frame, {card.view.id: card for card in frame.shown.cards}
 
 
+@pytest.mark.slow
 def test_cards_of_the_page_follow_the_selection(explorer):
     frame, cards = opened(explorer)
     assert list(cards) == ["P2", "P1", "P3", "P4"]
