@@ -164,7 +164,7 @@ def study(name: str, seed: int) -> dict:
     with damaged(name, seed) as session:
         session.commit("settled")
         rows = session.source.sample(4 * ROWS, stream(seed, "fresh"), "judge")
-        found = session.repair(BUDGET, n_steps=STEPS, n=ROWS)
+        found = session.repair(BUDGET, n_steps=STEPS, n=ROWS, apply=False)
         shams = [[plan.sham(stream(seed, "sham", pair, i)) for i, plan in enumerate(found.kept)] for pair in range(PAIRS)]
         arms = {
             arm: np.array([recovered(trained(session, plans(pair), pair, AFTER), rows, side) for pair in range(PAIRS)])
@@ -190,7 +190,7 @@ def study(name: str, seed: int) -> dict:
 def study_healthy(name: str, seed: int) -> dict:
     with healthy(seed) as session:
         rows = session.source.sample(4 * ROWS, stream(seed, "fresh"), "judge")
-        found = session.repair(BUDGET, n_steps=STEPS, n=ROWS)
+        found = session.repair(BUDGET, n_steps=STEPS, n=ROWS, apply=False)
         before = recovered(session._run.state_of(session.commit("settled"))[0], rows, "decoder")
         return {
             "session": name,
@@ -210,7 +210,7 @@ def study_sham(name: str, seed: int) -> dict:
         if not verdicts:
             return {"session": name, "seed": seed, "verdict": "", "kept": False, "why": "no verdict"}
         verdict = replace(verdicts[0], advice=Sham(of=verdicts[0].advice))
-        found = session.repair(15 * STEPS, n_steps=STEPS, n=ROWS, verdicts=[verdict])
+        found = session.repair(15 * STEPS, n_steps=STEPS, n=ROWS, verdicts=[verdict], apply=False)
         (one,) = found.tried
         return {"session": name, "seed": seed, "verdict": verdict.id, "kept": one.kept, "why": one.why}
 

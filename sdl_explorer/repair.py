@@ -41,10 +41,10 @@ class Tried:
 
 @dataclass(frozen=True, repr=False)
 class Repair:
-    """What `session.repair` proposes. The session is as it was, without `apply=True`; `apply(session)` applies what was kept.
+    """What `session.repair` tried and kept. Where it was told not to apply that, the session is as it was, and `apply(session)` does.
 
     tried    every verdict that was looked at, in order;   n_verdicts  how many there were;   n_tries   how many the level is shared by
-    step     of the session that was judged;   applied  the commits of what was kept, with `apply=True`
+    step     of the session that was judged;   applied  the commits of what was kept
     """
 
     tried: tuple[Tried, ...]

@@ -443,19 +443,21 @@ class Session(Settings):
         runs: int = 5,
         n: int = JUDGE_ROWS,
         verdicts: list[Verdict] | None = None,
-        apply: bool = False,
+        apply: bool = True,
     ) -> Repair:
-        """Try the verdicts' interventions (None: those of `explain`) and propose what is better than as many steps and than its sham.
+        """Try the verdicts' interventions (None: those of `explain`) and keep what is better than as many steps and than its sham.
 
         `budget`: training steps to spend in all. A try takes `runs` pairs of three arms of `n_steps`, judged on `n` judge rows. All
-        happens on a branch: the session is left as it was, and `Repair.apply(session)` applies what passed. With `apply`, that is done
-        at once, unless stop() ended it: then there is what was finished, and nothing is applied.
+        trying happens on a branch; at the end what passed is applied to this session, an intervention a commit. With `apply=False`, or
+        where stop() ended it, the session is left as it was, and `Repair.apply(session)` applies what passed.
         """
         budget, n_steps, runs = (_count(f"repair: {name}", v) for name, v in (("budget", budget), ("n_steps", n_steps), ("runs", runs)))
         if apply:
             self._require_writer("repair")
             if self.running:
-                raise ValueError("repair: apply=True, and the session is training, so that it will have moved on by then; stop() it first.")
+                raise ValueError(
+                    "repair: the session is training, so that it will have moved on by the end; stop() it first, or set apply=False."
+                )
         rows = self._judge_rows(n).to(self.device)
         verdicts = self.find(explain, n=n) if verdicts is None else verdicts
         if not self.running:

@@ -68,7 +68,7 @@ def control_of(treated, untreated, sham, primary="recovery_decoder") -> Control:
 def test_merged_pairs_are_split_once_a_person_applies_it(make):
     session = make().train(3)
     weights, commits = session.dictionary.W_enc.clone(), session.commits
-    found = session.repair(TRY * 2, n_steps=STEPS, n=800)
+    found = session.repair(TRY * 2, n_steps=STEPS, n=800, apply=False)
     assert session.commits == commits and session.step == 3 and torch.equal(session.dictionary.W_enc, weights)
     assert session.snapshot.job is None and session.last_control is None
     (one,) = [one for one in found.tried if one.kept]
@@ -83,18 +83,18 @@ def test_merged_pairs_are_split_once_a_person_applies_it(make):
         found.apply(session)
 
 
-def test_what_passed_is_applied_at_once_where_that_is_asked(make):
+def test_what_passed_is_applied_at_the_end(make):
     session = make().train(3)
     before = session.commits
     split = verdict_of(Split(latents=[0, 1, 2, 3], spares=[4, 5, 6, 7]))
-    found = session.repair(TRY, n_steps=STEPS, n=400, verdicts=[split], apply=True)
+    found = session.repair(TRY, n_steps=STEPS, n=400, verdicts=[split])
     assert [commit.kind for commit in found.applied] == ["split"] and session.head == found.applied[-1] not in before
     assert found.reading.endswith(" Applied: split.") and (session.dictionary.W_dec @ W.T).max(dim=0).values.min() > 0.98
     with pytest.raises(ValueError, match="applied already"):
         found.apply(session)
     session.start(10**6)
     with pytest.raises(ValueError, match="the session is training"):
-        session.repair(TRY, n_steps=STEPS, n=400, verdicts=[split], apply=True)
+        session.repair(TRY, n_steps=STEPS, n=400, verdicts=[split])
     session.stop()
 
 
@@ -118,7 +118,7 @@ def test_a_repair_goes_on_from_what_was_kept(make):
     """The second advice finds the latents that the first has changed, and says so."""
     session = make().train(2)
     split, again = verdict_of(Split(latents=[0, 1, 2, 3], spares=[4, 5, 6, 7])), verdict_of(Resample(latents=[0, 4]))
-    found = session.repair(3 * TRY, n_steps=STEPS, n=400, verdicts=[split, again])
+    found = session.repair(3 * TRY, n_steps=STEPS, n=400, verdicts=[split, again], apply=False)
     assert [one.kept for one in found.tried] == [True, False] and found.n_tries == 2
     assert found.tried[1].why == "It could not be planned: latent 0 was changed by an earlier repair; train on and call repair again."
 
@@ -129,7 +129,7 @@ def test_without_truth_by_unexplained_variance(make):
     sparse = HierarchyBench(parents=0, independent=8, d_in=8, independent_probability=0.04, magnitude_std=0.3)
     session = make(trapped(bias=-0.2), source=Stored(sparse.sample(6_000, stream("rows")).inputs), dead_after=500).train(2)
     split = verdict_of(Split(latents=[0, 1, 2, 3], spares=[4, 5, 6, 7]))
-    (one,) = session.repair(TRY, n_steps=STEPS, n=600, verdicts=[split]).tried
+    (one,) = session.repair(TRY, n_steps=STEPS, n=600, verdicts=[split], apply=False).tried
     assert one.control.primary == "unexplained_variance" and one.kept
     assert one.gains[0].mean > 0, "less of it is better"
 
@@ -145,7 +145,7 @@ def test_stop_keeps_what_was_finished(make):
     session.pulses.append(stop_late)
     verdicts = [verdict_of(Prune(latents=[0])), verdict_of(Prune(latents=[1]))]
     commits = session.commits
-    found = session.repair(2 * TRY, n_steps=STEPS, n=400, verdicts=verdicts, apply=True)
+    found = session.repair(2 * TRY, n_steps=STEPS, n=400, verdicts=verdicts)
     session.pulses.clear()
     assert session.commits == commits and found.applied == ()
     assert found.stopped and len(found.tried) == 1 and "Stopped before the rest." in found.reading
