@@ -240,10 +240,12 @@ def test_a_sheet_stands_alone(explorer):
 def test_stop_ends_the_seeds(explorer):
     from sdl_explorer.control import Stopped
 
+    explorer.session.anchor(Anchors.from_truth(explorer.session.source.sample(4, torch.Generator()), [2]), weight=1.0)
+
     async def run():
         loop = asyncio.get_running_loop()
         work = loop.run_in_executor(None, explorer.session.train_seeds, 100_000)
-        while explorer.session.snapshot.job is None:
+        while explorer.session.snapshot.job is None and not work.done():
             await asyncio.sleep(0.01)
         explorer.session.stop(wait=False)
         with pytest.raises(Stopped, match="nothing is kept"):
