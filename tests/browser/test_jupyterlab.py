@@ -148,7 +148,7 @@ def turn(page: Page, title: str) -> None:
     expect(tab).to_have_attribute("aria-selected", "true")
 
 
-@pytest.mark.skip(reason="the explorer's display has grown to 200 MB with its new pages, and the browser driver runs out of memory: to be mended")
+@pytest.mark.skip(reason="a defect: the display has grown to 200 MB, and the browser driver runs out of memory")
 def test_main_job_in_jupyterlab(open_page, lab):
     address, token, root = lab
     cells = [new_code_cell(source.strip()) for source in CELLS.values()]
