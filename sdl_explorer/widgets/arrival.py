@@ -1,11 +1,13 @@
 """What a cell displays: how it gets to the browser, and whether it has arrived."""
 
 import sys
-from contextlib import redirect_stdout
+from contextlib import nullcontext, redirect_stdout
 
 import panel as pn
 import panel_material_ui as pmui
+from bokeh.models import ImportedStyleSheet, UIElement
 from panel.custom import JSComponent
+from panel.io.notebook import replace_inline_css
 from panel.models.esm import ReactComponent
 
 
@@ -31,16 +33,17 @@ class Arrival(JSComponent):
         return self.drawn or all(comm is None for *_, comm in views)
 
 
-class Cell(pn.Column):
+class Cell(pmui.Column):
     """A display in a cell, which brings the script of its components once.
 
-    In a notebook that may have no internet, Panel gives each of some fifty components the whole script, 1.4 MB. The browser keeps
-    the first under the bundle's name, so the first component alone carries it.
+    In a notebook that may have no internet, Panel gives each of more than a hundred components the whole script, 1.4 MB. The browser
+    keeps the first that it makes, children before parents, under the bundle's name: so the first child alone carries it. The root has to be
+    such a component too: another would be wrapped in one, which sends everything. Stylesheets, which every component names, come once.
     """
 
     def __init__(self, view, lock, **params):
         super().__init__(pmui.Divider(visible=False), view, **{"sizing_mode": "stretch_width", "margin": 0, **params})
-        self._lock, self._stdout = lock, sys.stdout
+        self._lock, self._stdout, self._sheets = lock, sys.stdout, {}
 
     def _on_msg(self, ref, manager, msg):
         """JupyterLab's messages arrive on a thread of their own.
@@ -52,8 +55,17 @@ class Cell(pn.Column):
             super()._on_msg(ref, manager, msg)
 
     def _preprocess(self, root, changed=None, old_models=None):
-        super()._preprocess(root, changed, old_models)
+        with root.document.models.freeze() if root.document else nullcontext():
+            for model in root.select({"type": UIElement}) if pn.config.inline else ():
+                model.stylesheets = [self._inlined(sheet) for sheet in model.stylesheets]
+            super()._preprocess(root, changed, old_models)
         first, _ = self[0]._models[root.ref["id"]]
         for model in root.select({"type": ReactComponent}):
             if model is not first and model.esm and model.bundle == first.bundle != "url":
                 model.esm = ""
+
+    def _inlined(self, sheet):
+        """The text of a stylesheet of Panel's in place of its address: one model for all components."""
+        if not isinstance(sheet, ImportedStyleSheet):
+            return sheet
+        return self._sheets.setdefault(sheet.url, replace_inline_css(sheet))
