@@ -11,9 +11,10 @@ from sdl_explorer.diagnosis.health import Health, check_health
 from sdl_explorer.diagnosis.meanings import Polysemanticity, suspect_polysemantic
 from sdl_explorer.diagnosis.patterns import POLY, Patterns, trace_patterns
 from sdl_explorer.views.alignment import count_image, rings, same_when_selected
-from sdl_explorer.views.frame import BRUSH, MAX_POINTS, TYPE, drawable, empty_table, finite, frame, limits, row_ticks, sample
+from sdl_explorer.views.frame import MAX_POINTS, TYPE, drawable, empty_table, finite, frame, limits, row_ticks, sample
+from sdl_explorer.views.latent_points import RateAxis, drawn_rows, pixels_said, token_counts, token_legend, token_marks
 from sdl_explorer.views.look import Look
-from sdl_explorer.views.theme import EDGE, GRID, LINES, PATTERNS, TEXT
+from sdl_explorer.views.theme import EDGE, LINES, PATTERNS, TEXT
 from sdl_explorer.views.view import view
 from sdl_explorer.views.words import NO_SELECTION, NOT_COMPUTED, count, never_fired, plural
 
@@ -42,29 +43,28 @@ def selectivity(patterns, groups, health, suspects, look):
     """
     points, theme = selectivity_points(patterns, groups, health, suspects), look.theme
     drawn = points.iloc[_drawn(points, look)]
-    gutter = _gutter((patterns if patterns is not None else groups).n_samples)
+    rates = RateAxis((patterns if patterns is not None else groups).n_samples)
     top = max(2.2, limits([0, *finite(points["y"])], margin=0.1)[1])
-    xlim, ylim = (gutter - 0.25, 0.15), (-0.04 * top, top)
-    layers: list = [_marks(drawn, theme)]
+    ylim = (-0.04 * top, top)
+    tips = [("in effect", "@effective{0.00}"), ("firing rate", "@firing_rate{0.0000}")]
+    layers: list = [token_marks(drawn[["x", "y", "latent", "status", "firing_rate", "effective"]], PATTERNS, theme, tips)]
     if len(drawn) < len(points):
-        layers.insert(0, count_image(points, xlim, ylim, theme))
+        layers.insert(0, count_image(points, rates.limits, ylim, theme))
     layers += [hv.HLine(y).opts(color=EDGE[theme], line_width=1, line_dash="dashed") for y in (1, 2)]
     if patterns is None:
         layers.append(hv.HLine(groups.chance).opts(color=EDGE[theme], line_width=2, line_dash="dotted"))
-    layers.append(hv.VLine(gutter + 0.25).opts(color=GRID[theme], line_width=2))
-    layers += [*rings(points, look), *_legend(points, theme)]
-    decades = range(int(np.ceil(gutter + 0.3)), 1)
+    layers += [rates.border(theme), *rings(points, look), *token_legend(points["status"], PATTERNS, theme)]
     return frame(
         hv.Overlay(layers),
         look,
-        xlim=xlim,
+        xlim=rates.limits,
         ylim=ylim,
-        xlabel="share of the rows on which it fires",
+        xlabel=rates.label,
         ylabel="features in effect" if patterns is not None else f"{_noun(groups)}s in effect",
-        title=_counted(points) + ("" if len(drawn) == len(points) else f"\nEach pixel counts latents; {count(len(drawn))} are points."),
+        title=token_counts(points["status"], PATTERNS) + pixels_said(points, drawn),
         height=420,
         brush=True,
-        xticks=[(gutter, "silent"), *((float(k), f"{10.0**k * 100:g} %") for k in decades)],
+        xticks=rates.ticks,
     )
 
 
@@ -78,6 +78,7 @@ def _(patterns, groups, health, suspects, look):
     if patterns is None and groups is None:
         return NOT_COMPUTED
     points = selectivity_points(patterns, groups, health, suspects)
+    counted = token_counts(points["status"], PATTERNS)
     firing = points[(points["firing_rate"] > 0) & np.isfinite(points["effective"])]
     if patterns is None:
         some = (
@@ -87,12 +88,12 @@ def _(patterns, groups, health, suspects, look):
         )
         where = f"Activation over {plural(groups.n_groups, _noun(groups))}"
         suspected = "" if suspects is None else f" Detector: {suspects.reading}."
-        return f"{_counted(points)}. {where}: {some or 'no latent fires'}. {NO_TRUE}{suspected}"
+        return f"{counted}. {where}: {some or 'no latent fires'}. {NO_TRUE}{suspected}"
     if firing.empty:
-        return f"{_counted(points)}. No latent fires."
+        return f"{counted}. No latent fires."
     worst = firing.loc[firing["effective"].idxmax()]
     means = f"Most meanings: latent {worst['latent']}, {worst['effective']:.2f} features in effect"
-    return f"{_counted(points)}. {means}; median {firing['effective'].median():.2f}."
+    return f"{counted}. {means}; median {firing['effective'].median():.2f}."
 
 
 @selectivity.table
@@ -118,19 +119,16 @@ def selectivity_points(
 ) -> pd.DataFrame:
     """One row per latent, in order: status, rate, effective number of features or groups, and its place (x, y)."""
     found = patterns if patterns is not None else groups
-    rate, n = found.firing_rate, found.n_samples
+    rate = found.firing_rate
     effective = patterns.effective_features if patterns is not None else groups.effective_groups
     silent = np.where(True if health is None else health.dead, "dead", "unseen")
     status = patterns.status if patterns is not None else np.where(rate > 0, np.where(_suspected(suspects), "candidate", "alive"), silent)
-    x = np.log10(np.maximum(rate, 1 / n))
-    silent_ones = np.flatnonzero(rate == 0)  # side by side in the gutter
-    x[silent_ones] = _gutter(n) + np.linspace(-0.2, 0.2, len(silent_ones) + 2)[1:-1]
     table = {
         "latent": np.arange(len(rate)),
         "status": status,
         "firing_rate": rate,
         "effective": effective,
-        "x": drawable(x),
+        "x": drawable(RateAxis(found.n_samples).places(rate)),
         "y": drawable(effective),
     }
     if patterns is not None:
@@ -148,56 +146,8 @@ def _suspected(suspects: Polysemanticity | None) -> np.ndarray:
 
 def _drawn(points: pd.DataFrame, look: Look) -> np.ndarray:
     """Rows that become points: all, or those selected and the most polysemantic, as many as fit."""
-    if len(points) <= MAX_POINTS:
-        return np.arange(len(points))
-    chosen = [i for i in (*look.selected_latents, look.primary_latent) if i is not None and i < len(points)]
-    widest = np.argsort(-np.nan_to_num(points["effective"].to_numpy(dtype=float)), kind="stable")[: MAX_POINTS // 16]
-    return np.unique(np.concatenate([np.array(chosen, dtype=int), widest]))
-
-
-def _gutter(n_samples: int) -> float:
-    """Where silent latents stand: half a decade left of a single firing."""
-    return float(np.log10(1 / n_samples)) - 0.5
-
-
-def _marks(drawn: pd.DataFrame, theme: str) -> hv.Points:
-    tokens = [PATTERNS[s] for s in drawn["status"]]
-    style = {"marker": [t.marker for t in tokens], "fill": [0.0 if t.hollow else 0.75 for t in tokens], "word": [t.word for t in tokens]}
-    points = hv.Points(drawn.assign(**style), ["x", "y"], ["latent", "status", "firing_rate", "effective", *style])
-    return points.opts(
-        color="status",
-        cmap={name: t.colour(theme) for name, t in PATTERNS.items()},
-        marker="marker",
-        size=9,
-        fill_alpha="fill",
-        line_width=1.5,
-        tools=["hover", *BRUSH],
-        show_legend=False,
-        colorbar=False,
-        hooks=[same_when_selected],
-        hover_tooltips=[
-            ("latent", "@latent"),
-            ("status", "@word"),
-            ("in effect", "@effective{0.00}"),
-            ("firing rate", "@firing_rate{0.0000}"),
-        ],
-    )
-
-
-def _legend(points: pd.DataFrame, theme: str) -> list[hv.Points]:
-    numbers = points["status"].value_counts()
-    return [
-        sample(f"{t.word} ({count(numbers[name])})", t.marker, t.colour(theme), 0.0 if t.hollow else 0.75)
-        for name, t in PATTERNS.items()
-        if name in numbers
-    ]
-
-
-def _counted(points: pd.DataFrame) -> str:
-    numbers = points["status"].value_counts()
-    said = {"candidate": plural(numbers.get("candidate", 0), PATTERNS["candidate"].word.lower())}
-    words = ", ".join(said.get(name, f"{count(numbers[name])} {t.word.lower()}") for name, t in PATTERNS.items() if name in numbers)
-    return f"{plural(len(points), 'latent')}: {words}"
+    widest = np.argsort(-np.nan_to_num(points["effective"].to_numpy(dtype=float)), kind="stable")
+    return drawn_rows(len(points), look, widest[: MAX_POINTS // 16])
 
 
 def _noun(groups: Groups) -> str:
