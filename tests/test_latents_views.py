@@ -400,7 +400,7 @@ def opened(explorer):
 @pytest.mark.slow
 def test_cards_of_the_page_follow_the_selection(explorer):
     frame, cards = opened(explorer)
-    assert list(cards) == ["P2", "P1", "P3", "P4"]
+    assert list(cards) == ["P2", "P1", "P3", "P4", "P6"]
     assert cards["P4"].words.text == words.NO_PAIRS
     explorer.selection = (3, 5, 8)
     explorer.desk.settle()

@@ -2,7 +2,7 @@
 
 import re
 import time
-from dataclasses import replace
+from dataclasses import fields, replace
 from html.parser import HTMLParser
 
 import holoviews as hv
@@ -29,6 +29,7 @@ from sdl_explorer.diagnosis.pairs import count_pairs
 from sdl_explorer.diagnosis.patterns import trace_patterns
 from sdl_explorer.diagnosis.probes import score_absorption
 from sdl_explorer.diagnosis.recovery import score_recovery
+from sdl_explorer.diagnosis.redundancy import find_redundant
 from sdl_explorer.diagnosis.theory import check_theory
 from sdl_explorer.models.dictionary import SparseDictionary
 from sdl_explorer.training.commits import Commit
@@ -93,6 +94,7 @@ def found():
     return {
         trace_patterns: trace_patterns(dictionary, rows),
         suspect_polysemantic: suspect_polysemantic(dictionary, rows),
+        find_redundant: find_redundant(dictionary, rows),
         trace_groups: trace_groups(dictionary, replace(rows, truth=None), n_clusters=4),
         Chosen(trace_causes, "latent", "primary_latent"): trace_causes(dictionary, rows, latent=8),
         Chosen(count_pairs, "latents", "selected_latents"): count_pairs(dictionary, rows, latents=(0, 3, 8, 11)),
@@ -263,7 +265,7 @@ def spoilt(finding):
         return [spoilt(f) for f in finding]
     if isinstance(finding, tuple):
         return tuple(spoilt(f) if isinstance(f, History) else f for f in finding)
-    return replace(finding, **{name: _spoilt(value) for name, value in vars(finding).items()})
+    return replace(finding, **{field.name: _spoilt(getattr(finding, field.name)) for field in fields(finding)})
 
 
 def _spoilt(value):

@@ -40,7 +40,7 @@ def _alignment(host):
 
 
 def _latents(host):
-    return [*(Card(host, find_view(id)) for id in ("P2", "P1", "P3", "P4")), ExampleCards(host)]
+    return [*(Card(host, find_view(id)) for id in ("P2", "P1", "P3", "P4", "P6")), ExampleCards(host)]
 
 
 def _intervene(host):

@@ -94,6 +94,18 @@ _PATTERNS = (  # of a latent by what fires it
 )
 PATTERNS: dict[str, Token] = {t.name: t for t in _PATTERNS}
 
+_SPARES = (  # of a latent by whether the dictionary needs it; the first that applies wins
+    STATUSES["dead"],
+    STATUSES["unseen"],
+    Token(
+        "duplicate", "Duplicate candidate", "its decoder row is nearly that of another", "#663300", "#E69F00", "□", "square", hollow=True
+    ),
+    Token("dense", "Dense", "fires on more than a tenth of the rows", "#D55E00", "#D55E00", "◆", "diamond"),
+    Token("weak", "Weak", "removing it costs under 1 % of what removing another does", "#0072B2", "#56B4E9", "○", "circle", hollow=True),
+    Token("used", "In use", "it fires, and is none of these", "#333333", "#E6E6E6", "+", "cross"),
+)
+SPARES: dict[str, Token] = {t.name: t for t in _SPARES}
+
 
 @dataclass(frozen=True)
 class Mark:
