@@ -90,7 +90,7 @@ def _(found, look):
         said.append(f"Largest cluster: latents {', '.join(map(str, members[:NAMED]))}{more}, decoder rows {near}.")
     if found.live.any() and finite(found.explained).size:
         most = int(np.nanargmax(np.where(np.isfinite(found.explained), found.explained, np.nan)))
-        said.append(f"Removing latent {most} would cost most: {found.explained[most]:.3g} of the variance.")
+        said.append(f"Removing latent {most} would cost most: {found.explained[most]:.1%} of the variance.")
     said += [f'Detector "{name}": {found.worth(name)}.' for name in ("duplicate", "dead")]
     return " ".join(said if found.on_spikes is None else [*said, f"Duplicates: {found.on_spikes}."])
 
@@ -206,7 +206,7 @@ def _title(found: Redundancy, points: pd.DataFrame) -> str:
 
 
 def _counted(found: Redundancy, points: pd.DataFrame) -> str:
-    clusters = f" ({plural(len(found.clusters), 'cluster')})" if found.clusters else ""
+    clusters = f"; {plural(len(found.clusters), 'cluster')}" if found.clusters else ""
     return f"{token_counts(points['status'], SPARES)}{clusters}"
 
 
