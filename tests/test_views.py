@@ -21,6 +21,7 @@ from sdl_explorer.diagnosis.causes import trace_causes
 from sdl_explorer.diagnosis.compare import Control
 from sdl_explorer.diagnosis.drift import measure_drift
 from sdl_explorer.diagnosis.examples import find_examples
+from sdl_explorer.diagnosis.explain import explain
 from sdl_explorer.diagnosis.groups import trace_groups
 from sdl_explorer.diagnosis.health import check_health
 from sdl_explorer.diagnosis.landscape import probe_landscape
@@ -103,6 +104,7 @@ def found():
             dictionary, rows, latents=8, grid=8, n_kicks=2, n_steps=2, n_rows=64
         ),
         check_theory: check_theory(dictionary, rows, n_segments=1),
+        explain: explain(dictionary, rows, dead_after=100),
         find_absorption: find_absorption(absorbing, family),
         suspect_absorption: suspect_absorption(absorbing, family, least=5),
         score_absorption: score_absorption(absorbing, family, of="truth"),

@@ -18,6 +18,7 @@ from sdl_explorer.app.findings import in_worker
 from sdl_explorer.app.reader import Reader
 from sdl_explorer.diagnosis.alignment import align
 from sdl_explorer.diagnosis.health import check_health
+from sdl_explorer.diagnosis.verdict import Verdict
 from sdl_explorer.state import ExplorerState, keep, matched_feature, matched_latent, strictest, worst_pair
 from sdl_explorer.training.interventions import Intervention
 
@@ -148,10 +149,16 @@ class Desk(Reader):
         if do is not None:
             await do(self)
 
-    def call(self, form: str) -> None:
+    def call(self, form: str, advice: Intervention | None = None) -> None:
         """Bring the form of an intervention into view, with what is selected in it; nothing is planned or applied."""
         for display in self._displays:
-            display.call(form)
+            display.call(form, advice)
+
+    def propose(self, verdict: Verdict) -> None:
+        """The same with what a verdict is about, and with the settings of its advice."""
+        advice = verdict.advice
+        self.select(latents=verdict.latents if advice.latents is None else advice.latents)
+        self.call(type(advice).__name__.lower(), advice)
 
     async def preview(self, make: Callable[[], Intervention]) -> None:
         """Plan an intervention that `make` builds from the form; nothing changes."""
@@ -173,8 +180,8 @@ class Desk(Reader):
 
     # looking -------------------------------------------------------------------------------------------------------
 
-    def select(self, latents=None, features=None) -> None:
-        """One user action: select latents, or true features, and what they match."""
+    def select(self, latents=None, features=None, page: str | None = None) -> None:
+        """One user action: select latents, or true features, and what they match; on another page where one is named."""
         alignment = self.value(align)
         if latents is not None:
             chosen = tuple(int(i) for i in latents)
@@ -189,7 +196,7 @@ class Desk(Reader):
             latents = tuple(dict.fromkeys(match for match in matches if match is not None))
             changes = {"selected_features": chosen, "primary_feature": primary, "selected_latents": latents}
             changes["primary_latent"] = matched_latent(primary, alignment)
-        self.state.param.update(**changes)
+        self.state.param.update(**changes, page=page or self.state.page)
         self.poll()
 
     def _point_at_worst(self) -> None:

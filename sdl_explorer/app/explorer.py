@@ -222,5 +222,5 @@ class _Alone:
     def refresh(self) -> None:
         self.page.refresh()
 
-    def call(self, form: str) -> None:
-        self.page.call(form)
+    def call(self, form: str, advice=None) -> None:
+        self.page.call(form, advice)

@@ -12,6 +12,7 @@ from sdl_explorer.widgets.intervene import OWN, form_of
 from sdl_explorer.widgets.log import Log
 from sdl_explorer.widgets.page import Page
 from sdl_explorer.widgets.preview import Held, Preview
+from sdl_explorer.widgets.problems import Problems
 from sdl_explorer.widgets.theory import TheoryCards
 from sdl_explorer.widgets.tiles import Tiles
 
@@ -32,7 +33,7 @@ def cards(host, page: str, leave_out=()) -> list[Card]:
 
 
 def _overview(host):
-    return [Tiles(host), *cards(host, "overview"), Card(host, find_view("A2"))]
+    return [Tiles(host), Problems(host), *cards(host, "overview", leave_out=("O2",)), Card(host, find_view("A2"))]
 
 
 def _alignment(host):

@@ -179,10 +179,10 @@ class Frame(pn.viewable.Viewer):
         elif key in ("Space", "step", "run"):
             pn.state.execute(getattr(self.run_bar, {"Space": "toggle", "step": "step_once", "run": "train_on"}[key]))
 
-    def call(self, form: str) -> None:
-        """A and R: the form with the selection in it; nothing is planned or applied."""
+    def call(self, form: str, advice=None) -> None:
+        """A, R and advice: the form with the selection in it; nothing is planned or applied."""
         self._turn("Intervene")
-        self.shown.call(form)
+        self.shown.call(form, advice)
 
     def _escape(self) -> None:
         if self.help.visible:

@@ -112,15 +112,15 @@ class Card(pn.viewable.Viewer):
         if why is not None:
             self._say(why)
             return
-        self._element = self._link.attach(self.view(*found.values, look))
         self.reading.text = self.view.reading(*found.values, look)
         self.words.visible = False
         self._plot.visible = True
-        self._draw(look)
+        self._draw(found, look)
         self._show_table(found, look, twin)
 
-    def _draw(self, look) -> None:
+    def _draw(self, found, look) -> None:
         """In place while the layers are the same; a plot of another make otherwise."""
+        self._element = self._link.attach(self.view(*found.values, look))
         make = (look.theme, _make(self._element))
         if make == self._made:
             self._redraw.event(counter=self._redraw.counter + 1)

@@ -49,10 +49,12 @@ def proposed(session) -> tuple[dict, str]:
 
 
 class Form(pn.viewable.Viewer):
-    """Settings of one intervention and *Preview*. `makes` is the intervention; `title` is what keys and actions call."""
+    """Settings of one intervention and *Preview*. `makes` is the intervention; `title` is what keys and actions call; `fields` hold
+    its settings by name, but for the latents."""
 
     makes: type[Intervention]
     title: Text
+    fields: dict[str, Any] = {}
 
     def settings(self) -> dict[str, Any]:
         """What the fields hold, under the names that `makes` has for it."""
@@ -63,6 +65,12 @@ class Form(pn.viewable.Viewer):
 
     def take_selection(self) -> None:
         """Take in what is selected."""
+
+    def take(self, advice: Intervention) -> None:
+        """Take in what is selected, and the settings of an intervention."""
+        self.take_selection()
+        for name, one in self.fields.items():
+            one.value = getattr(advice, name)
 
     def intervention(self) -> Intervention:
         return self.makes(**self.settings())
@@ -95,6 +103,7 @@ class ResampleForm(Form):
             )
             for label, name, value in (("Encoder scale", "scale", start["scale"]), ("Noise", "noise", 0.0))
         )  # fmt: skip
+        self.fields = {"pick": self.pick, "target": self.target, "scale": self.scale, "noise": self.noise}
         self.why = Text(why, tone="quiet", visible=bool(why))
         self.said = Text("", role="status", css_classes=["sdlx-resample-said"])
         self.preview = button("Preview", "resample-preview", self._preview)
@@ -123,11 +132,15 @@ class ResampleForm(Form):
 
     def settings(self):
         latents = self.host.dead() if self.which.value == DEAD else self.host.state.selected_latents
-        settings = {name: getattr(self, name).value for name in ("pick", "target", "scale", "noise")}
+        settings = {name: one.value for name, one in self.fields.items()}
         most = (self.number.value or "").strip()
         if most and not (most.isdigit() and int(most) > 0):
             raise ValueError(f"Resample: at most {most!r} latents; give a whole number from 1, or leave it empty for all of them.")
         return {"latents": [int(i) for i in latents][: int(most) if most else None], **settings}
+
+    def take(self, advice):
+        super().take(advice)
+        self.number.value = ""
 
     def take_selection(self) -> None:
         """Restart what is selected, or the dead ones where nothing is."""

@@ -44,11 +44,12 @@ class Page(pn.viewable.Viewer):
         for part in (self.parts or ())[: self._here]:
             part.refresh()
 
-    def call(self, form: str) -> bool:
-        """Bring the form of an intervention into view, with what is selected in it; False where there is none."""
+    def call(self, form: str, advice=None) -> bool:
+        """Bring the form of an intervention into view, with what is selected, and with the settings of an advice; False where there
+        is none."""
         for part in (self.parts or ())[: self._here]:
             if hasattr(part, "intervention") and part.makes.__name__.lower() == form:
-                part.take_selection()
+                part.take_selection() if advice is None else part.take(advice)
                 part.title.call()
                 return True
         return False
@@ -62,7 +63,7 @@ class Page(pn.viewable.Viewer):
         """Findings that the page's cards read now, and those at the commit that they compare with."""
         now, before = [], []
         for part in self.parts or ():
-            wants = host.needs(part.view) if hasattr(part, "view") else part.needs() if hasattr(part, "needs") else ([], [])
+            wants = part.needs() if hasattr(part, "needs") else host.needs(part.view) if hasattr(part, "view") else ([], [])
             now += wants[0]
             before += wants[1]
         return list(dict.fromkeys(now)), list(dict.fromkeys(before))
