@@ -6,15 +6,11 @@ Nothing here knows a GUI. One lane thread per device touches the tensors; comman
 import copy
 import shutil
 import tempfile
-import threading
-import time
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future
-from concurrent.futures import TimeoutError as StillRunning
 from dataclasses import replace
-from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +19,8 @@ import torch
 
 from sdl_explorer.archive import CONSTANT, read_control, read_record, write_control, write_record
 from sdl_explorer.control import Stopped, last_intervention, paired
-from sdl_explorer.data.activations import Activations
-from sdl_explorer.data.anchors import Anchors, Pins, Pulls
+from sdl_explorer.data.anchors import Anchors
 from sdl_explorer.data.sources import Source, stream
-from sdl_explorer.diagnosis.cached import CachedFindings
 from sdl_explorer.diagnosis.compare import Control
 from sdl_explorer.diagnosis.continuation import continued_method
 from sdl_explorer.diagnosis.explain import explain
@@ -38,30 +32,28 @@ from sdl_explorer.models.methods import Method, TopK
 from sdl_explorer.models.rewrites import scaled
 from sdl_explorer.models.start import started_on
 from sdl_explorer.repair import Bench, Repair, try_repairs
-from sdl_explorer.settings import Settings, check_kinds, check_start, check_widths, device_of, size_of
+from sdl_explorer.running import Running, count
+from sdl_explorer.settings import check_kinds, check_start, check_widths, device_of, size_of
 from sdl_explorer.survey import Survey, codes_of, take_survey
 from sdl_explorer.training.commits import Commit, CommitStore
 from sdl_explorer.training.folder import RunLock, read_json, restore_source, settings_of, write_json
-from sdl_explorer.training.history import History, Recorder
-from sdl_explorer.training.interventions import Anchor, Intervention, Release, Resample, named_latents
-from sdl_explorer.training.lane import lane_of
+from sdl_explorer.training.history import Recorder
+from sdl_explorer.training.interventions import Anchor, Intervention, Release, Resample
 from sdl_explorer.training.optim import ramped, ramps_of
 from sdl_explorer.training.plan import Plan
 from sdl_explorer.training.prune import Prune
 from sdl_explorer.training.realign import Realign
-from sdl_explorer.training.run import CHOOSE_ROWS, SETTINGS, Diverged, Run, completed, method_of, settings_from
-from sdl_explorer.training.snapshot import Job, Snapshot
+from sdl_explorer.training.run import CHOOSE_ROWS, SETTINGS, Run, completed, method_of
 from sdl_explorer.training.split import Split
-from sdl_explorer.training.state import Schedule, TrainState, threads_for
+from sdl_explorer.training.state import Schedule, TrainState
 from sdl_explorer.training.unabsorb import Unabsorb
 from sdl_explorer.trial import Trial, conduct
 
 JUDGE_ROWS = 10_000
 MOMENT_STEPS = 100
-PUBLISH_EVERY = 0.15
 
 
-class Session(Settings):
+class Session(Running):
     """A source, a method and a dictionary in training.
 
     Settings describe the next step: a change only marks the session stale, and the next command writes it as
@@ -137,113 +129,6 @@ class Session(Settings):
         folder = tempfile.mkdtemp(prefix="sdl-explorer-")
         self._temporary = weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
         return Run(self.source, state, settings, CommitStore(Path(folder) / "commits", self.budget))
-
-    def _prepare(self, found: Preflight | None) -> None:
-        """The moving parts that no file holds."""
-        self.preflight = found
-        self.pulses: list[Callable[[], None]] = []
-        self.last_control: Control | None = None
-        self.last_seeds: Seeds | None = None
-        self.folder: Path | None = None
-        self._lock: RunLock | None = None
-        self._temporary: weakref.finalize | None = None
-        self._closed = False
-        self._lane = lane_of(self.device)
-        self._threads = threads_for(self.source.width_in, self.n_latents, self.batch_size, torch.get_num_threads())
-        self._order = 0
-        self._stop = threading.Event()
-        self._future: Future | None = None
-        self._training_now = False
-        self._target = 0
-        self._copy: tuple[int, dict[str, Any]] | None = None
-        self._findings = CachedFindings()
-        self._rows: dict[int, Any] = {}
-        self._guard = threading.RLock()
-        self._starting = threading.Lock()
-        self._publishing = threading.Lock()
-        self._head_seen = b""
-        self.snapshot = Snapshot(n_latents=self.n_latents)
-
-    # facts ---------------------------------------------------------------------------------------------------------
-
-    @property
-    def kind(self) -> str:
-        """ "sae", "transcoder" or "crosscoder": what the data makes of the model."""
-        return self._judge_rows(1).kind
-
-    @property
-    def expansion_factor(self) -> float:
-        """n_latents / source.width_in"""
-        return self.n_latents / self.source.width_in
-
-    @property
-    def step(self) -> int:
-        self._follow()
-        return self._run.state.step
-
-    @property
-    def running(self) -> bool:
-        return self._training_now
-
-    @property
-    def stale(self) -> bool:
-        """Settings were changed and no command has written them yet."""
-        return self._settings() != self._run.settings
-
-    @property
-    def commits(self) -> tuple[Commit, ...]:
-        self._follow()
-        return tuple(self._run.store)
-
-    @property
-    def head(self) -> Commit:
-        """The commit that training goes on from."""
-        self._follow()
-        return self._run._require_head()
-
-    @property
-    def version(self) -> int:
-        """Grows with every change that a viewer could see."""
-        self._follow()
-        return self.snapshot.version
-
-    @property
-    def history(self) -> History:
-        return self._run.recorder.history()
-
-    @property
-    def ghosts(self) -> tuple[History, ...]:
-        """Curves of branches that were left by a revert."""
-        return self._run.ghosts
-
-    @property
-    def pins(self) -> Pins | None:
-        return self._view()["pins"]
-
-    @property
-    def pulls(self) -> Pulls | None:
-        """Encoder rows that are pulled to measured directions; see `Realign`."""
-        self._follow()
-        return self._run.state.pulls
-
-    @property
-    def writable(self) -> bool:
-        return not self._closed and (self._lock is None or self._lock.held)
-
-    @property
-    def writer(self) -> str:
-        """Who writes the run folder."""
-        return "this session" if self._lock is None else self._lock.writer
-
-    @property
-    def disk_used(self) -> int:
-        """Bytes that the commits take; `budget` limits them."""
-        return self._run.store.size
-
-    @property
-    def dictionary(self) -> SparseDictionary:
-        """A detached copy in eval mode, made between two steps, once a version."""
-        return self._view()["dictionary"]
 
     # commands ------------------------------------------------------------------------------------------------------
 
@@ -364,22 +249,17 @@ class Session(Settings):
         early (raises `Stopped`); the pairs that were finished stay in `last_control`.
         """
         self._require_writer("control")
-        n_steps, runs = _count("control: n_steps", n_steps), _count("control: runs", runs)
+        n_steps, runs = count("control: n_steps", n_steps), count("control: runs", runs)
         self._call(self._take_settings)
         after = last_intervention(self._run)
         if after is None:
             raise ValueError("control: no intervention on this branch yet; resample or anchor first.")
         rows = self._judge_rows(JUDGE_ROWS).to(self.device)
         anchors = self.anchors if rows.truth is None else None
-        if not self.running:
-            self._stop.clear()
-        drain = lambda steps: self._wait(self._lane.start(self, steps))
-        try:
-            for done, control in paired(self._run, after, rows, anchors, n_steps, runs, drain, self._stop.is_set):
-                self._note({"job": Job("control", done)})
+        with self._job("control") as tell:
+            for done, control in paired(self._run, after, rows, anchors, n_steps, runs, self._drain, self._stop.is_set):
+                tell(done)
                 self.last_control = self.last_control if control is None else control
-        finally:
-            self._note({"job": None})
         if self.folder is not None:
             write_control(self.folder, self.last_control)
         return self.last_control
@@ -390,28 +270,23 @@ class Session(Settings):
         All have this session's settings and start from new weights; the anchored ones are pulled with the mean weight of this session's
         pins. The session is left as it was. stop() ends it (raises `Stopped`).
         """
-        n_steps, runs, pins = _count("train_seeds: n_steps", n_steps), _count("train_seeds: runs", runs), self.pins
+        n_steps, runs, pins = count("train_seeds: n_steps", n_steps), count("train_seeds: runs", runs), self.pins
         if pins is None:
             raise ValueError("train_seeds: nothing is anchored here (pins=None); anchor some latents first.")
-        if not self.running:
-            self._stop.clear()
-
-        def tell(done: float) -> None:
-            if self._stop.is_set():
-                raise Stopped(f"train_seeds: stopped at {done:.0%}; nothing is kept.")
-            if self.snapshot.job is None or done - self.snapshot.job.done > 0.02:
-                self._note({"job": Job("seeds", done)})
-
         method = method_of(self._settings())
         beginning = self._beginning(method)  # now: settings may change while it runs
         begin = lambda weights, seed: TrainState.start(self._placed(weights, seed).to(self.device), seed=seed, **beginning)
-        settings = {"batch_size": self.batch_size, "seed": self.seed, "begin": begin, "tell": tell}
+        settings = {"batch_size": self.batch_size, "seed": self.seed, "begin": begin}
         settings |= {"n_steps": n_steps, "runs": runs, "weight": float(pins.weight.mean())}
-        work = seed_steps(self.source, method, self.n_latents, pins.anchors, **settings)
-        try:
-            self.last_seeds = self._wait(self._lane.start(self, work))
-        finally:
-            self._note({"job": None})
+        with self._job("seeds") as tell:
+
+            def told(done: float) -> None:
+                if self._stop.is_set():
+                    raise Stopped(f"train_seeds: stopped at {done:.0%}; nothing is kept.")
+                if self.snapshot.job is None or done - self.snapshot.job.done > 0.02:
+                    tell(done)
+
+            self.last_seeds = self._drain(seed_steps(self.source, method, self.n_latents, pins.anchors, tell=told, **settings))
         return self.last_seeds
 
     def trial(self, intervention: Intervention, candidates, n_steps: int = 200, *, seed: int = 0, n: int = JUDGE_ROWS) -> Trial:
@@ -420,20 +295,12 @@ class Session(Settings):
         `intervention` changes single latents (Resample, Realign, Anchor, Prune); its `latents` are the candidates. All happens to a
         copy of the state, on `n` judge rows. stop() ends it (raises `Stopped`). The session is left as it was.
         """
-        steps, rows = _count("trial: n_steps", n_steps), self._judge_rows(n).to(self.device)
+        steps, rows = count("trial: n_steps", n_steps), self._judge_rows(n).to(self.device)
         anchors = self.anchors if rows.truth is None else None
-        if not self.running:
-            self._stop.clear()
-        drain = lambda work: self._wait(self._lane.start(self, work))
-        tell = lambda done: self._note({"job": Job("trial", done)})
-        try:
+        with self._job("trial") as tell:
             tell(0.0)
-            settings = self._settings()
-            return conduct(
-                self._run, settings, intervention, candidates, steps, seed, rows, anchors, self._call, drain, self._stop.is_set, tell
-            )
-        finally:
-            self._note({"job": None})
+            arms = self._run, self._settings(), intervention, candidates, steps, seed
+            return conduct(*arms, rows, anchors, self._call, self._drain, self._stop.is_set, tell)
 
     def repair(
         self,
@@ -451,7 +318,7 @@ class Session(Settings):
         trying happens on a branch; at the end what passed is applied to this session, an intervention a commit. With `apply=False`, or
         where stop() ended it, the session is left as it was, and `Repair.apply(session)` applies what passed.
         """
-        budget, n_steps, runs = (_count(f"repair: {name}", v) for name, v in (("budget", budget), ("n_steps", n_steps), ("runs", runs)))
+        budget, n_steps, runs = (count(f"repair: {name}", v) for name, v in (("budget", budget), ("n_steps", n_steps), ("runs", runs)))
         if apply:
             self._require_writer("repair")
             if self.running:
@@ -460,20 +327,12 @@ class Session(Settings):
                 )
         rows = self._judge_rows(n).to(self.device)
         verdicts = self.find(explain, n=n) if verdicts is None else verdicts
-        if not self.running:
-            self._stop.clear()
-        drain = lambda work: self._wait(self._lane.start(self, work))
-        tell = lambda done: self._note({"job": Job("repair", done)})
-        twin = self.branch()
-        try:
+        anchors = self.anchors if rows.truth is None else None
+        with self._job("repair") as tell, self.branch() as twin:
             tell(0.0)
             twin._call(lambda: twin._run.take_settings(self._settings()))
-            anchors = self.anchors if rows.truth is None else None
-            bench = Bench(twin._run, rows, anchors, twin._call, drain, self._stop.is_set, tell)
+            bench = Bench(twin._run, rows, anchors, twin._call, self._drain, self._stop.is_set, tell)
             found = try_repairs(bench, verdicts, budget, n_steps, runs)
-        finally:
-            twin.close()
-            self._note({"job": None})
         return replace(found, applied=found.apply(self)) if apply and not found.stopped else found
 
     def find(self, finding, *, n: int = JUDGE_ROWS, progress: Callable[[float], None] | None = None, **settings):
@@ -493,22 +352,18 @@ class Session(Settings):
         They are kept in the run folder, so that a survey that was ended goes on where it was. Runs in the caller's thread;
         stop(), or an exception in `progress(done)`, ends it between blocks (stop() raises `Stopped`).
         """
-        view, activations = self._view(), self._judge_rows(_count("survey: rows", rows))
-        if not self.running:
-            self._stop.clear()
-
-        def pulse(done: float) -> None:
-            self._note({"job": Job("survey", done)})
-            if progress is not None:
-                progress(done)
-            if self._stop.is_set():
-                raise Stopped(f"survey: stopped at {done:.0%}; the same call goes on from there.")
-
+        view, activations = self._view(), self._judge_rows(count("survey: rows", rows))
         kept = codes_of(self._root, view["dictionary"], self.source, self.seed, activations.n, writes=self.writable)
-        try:
+        with self._job("survey") as tell:
+
+            def pulse(done: float) -> None:
+                tell(done)
+                if progress is not None:
+                    progress(done)
+                if self._stop.is_set():
+                    raise Stopped(f"survey: stopped at {done:.0%}; the same call goes on from there.")
+
             return take_survey(self._findings, view, activations, self._known(view, activations), pulse, kept)
-        finally:
-            self._note({"job": None})
 
     def save(self, folder) -> Path:
         """Bind the session to a run folder; commits first if the step moved."""
@@ -555,67 +410,6 @@ class Session(Settings):
 
     __str__ = __repr__
 
-    # in the lane ---------------------------------------------------------------------------------------------------
-
-    def _call(self, command: Callable[[], Any]) -> Any:
-        def whole() -> Any:
-            self._set_threads()
-            result = command()
-            self._publish()
-            return result
-
-        return self._lane.call(self, whole)
-
-    def _set_threads(self) -> None:
-        if torch.get_num_threads() != self._threads:
-            torch.set_num_threads(self._threads)
-
-    def _begin(self, n: int, only, converge: bool) -> Future:
-        self._require_writer("train")
-        n = _count("train: n", n)
-        if only is not None:
-            only = named_latents("train(only=)", only, self.n_latents).tolist()
-        with self._starting:
-            if self.running:
-                raise RuntimeError(f"train: already training up to step {self._target}; call stop() first.")
-            self._stop.clear()
-            self._training_now, self._target = True, self._run.state.step + n
-            self._future = self._lane.start(self, self._training(n, only, converge))
-        return self._future
-
-    def _training(self, n: int, only, converge: bool) -> Iterator[None]:
-        """The work of one run; the lane advances it."""
-        published, clock = self._run.state.step, time.perf_counter()
-        outcome: dict[str, Any] = {}
-
-        def pulse() -> None:
-            nonlocal published, clock
-            self._set_threads()
-            elapsed = time.perf_counter() - clock
-            if elapsed > PUBLISH_EVERY:
-                self._run.check_finite()
-                rate = (self._run.state.step - published) / elapsed
-                published, clock = self._run.state.step, time.perf_counter()
-                self._publish(rate=rate)
-
-        try:
-            self._set_threads()
-            self._publish(diverged=None, converged=None, error=None)
-            self._take_settings()
-            outcome["converged"] = yield from self._run.advance(n, only, self._stop.is_set, pulse, converge)
-        except Exception as error:
-            outcome |= {"error": str(error), "diverged": error if isinstance(error, Diverged) else None}
-            raise
-        finally:
-            self._training_now = False  # before the future is done: who waited for it reads the last snapshot
-            self._publish(**outcome)
-
-    def _settings(self) -> dict[str, Any]:
-        """The settings of the next step, as JSON."""
-        values = {k: getattr(self, k) for k in SETTINGS} | {"order": self._order, "threads": self._threads}
-        values["ramps"] = {name: list(pair) for name, pair in self.ramps.items()}
-        return settings_from(self.method, values)
-
     def _placed(self, weights: SparseDictionary, seed: int) -> SparseDictionary:
         """New weights where the settings have them start."""
         stored = "mean" if self.source.n is not None else "none"
@@ -629,21 +423,6 @@ class Session(Settings):
         ramps = ramps_of(self.ramps, method, self.n_latents)
         schedule = Schedule(self.lr, self.warmup_steps, self.decay_steps, hold, self.decay, ramps)
         return {"schedule": schedule} | {name: getattr(self, name) for name in ("dead_after", "optimiser", "clip_norm", "precision")}
-
-    def _take_settings(self) -> None:
-        if self._run.store.budget != self.budget:
-            self._run.store.budget = self.budget
-            if self.folder is not None:
-                write_json(self.folder / "run.json", read_json(self.folder / "run.json") | {"budget": self.budget})
-        self._run.take_settings(self._settings())
-
-    def _show_settings(self) -> None:
-        """Put the settings in force back on the parameters."""
-        settings = self._run.settings
-        self._order, self._threads = settings["order"], settings["threads"]
-        changeable = [name for name, p in self.method.param.objects("existing").items() if not p.constant]
-        self.method.param.update(**{k: v for k, v in settings["method"]["settings"].items() if k in changeable})
-        self.param.update(**{k: settings[k] for k in SETTINGS})
 
     def _save(self, folder: Path) -> Path:
         if (folder / "run.json").exists() and folder != self.folder:
@@ -673,120 +452,3 @@ class Session(Settings):
         self._lock, self.folder = lock, folder
         run.store = CommitStore(folder / "commits", self.budget)
         return folder
-
-    def _give_up(self) -> None:
-        """Release the folder, or remove the temporary one."""
-        if self._lock is not None:
-            self._lock.release()
-        if self._temporary is not None:
-            self._temporary()
-        self._lock = self._temporary = None
-
-    def _check_out(self) -> None:
-        """The head commit of the folder, as its writer or as a follower."""
-        self._head_seen = self._head_written()
-        if self.writable:
-            self._run.store.sweep()
-        try:
-            self._run.check_out(self.folder, exact=self.writable)
-        except FileNotFoundError:
-            if self._head_written() == self._head_seen:
-                raise
-            self._check_out()  # the writer went on meanwhile, and thinned that commit
-        self._show_settings()
-
-    def _head_written(self) -> bytes:
-        return (self.folder / "head.json").read_bytes()
-
-    def _follow(self) -> None:
-        """A follower looks whether the writer has committed."""
-        if not self.writable and not self._closed and self._head_written() != self._head_seen:
-            self._call(self._check_out)
-
-    def _note(self, changes: dict[str, Any]) -> None:
-        """Publish changes of the latest snapshot, from whichever thread."""
-        with self._publishing:
-            self.snapshot = replace(self.snapshot, **changes, version=self.snapshot.version + 1)
-
-    def _publish(self, **changes) -> None:
-        """Publish the state; in the lane, between two steps."""
-        state, points, running = self._run.state, self._run.recorder.points, self.running
-        last = points[-1] if points else {}
-        silent = state.samples_since_fired.cpu().numpy().copy()
-        flags = {"running": running, "stopping": running and self._stop.is_set(), "rate": self.snapshot.rate if running else 0.0}
-        facts = {
-            "step": state.step,
-            "target": self._target if running else state.step,
-            "queue": self._lane.ahead(self),
-            "dead": int((silent >= state.dead_after).sum()),
-            "samples_since_fired": silent,
-            "losses": {k: v for k, v in last.items() if k not in ("step", "l0", "dead")},
-            "l0": last.get("l0", float("nan")),
-        }
-        self._note(facts | flags | changes)
-
-    # reading -------------------------------------------------------------------------------------------------------
-
-    def _view(self) -> dict[str, Any]:
-        """The weights, counters and pins of one moment, copied in the lane once a generation."""
-        self._follow()
-
-        def command() -> dict[str, Any]:
-            if self._copy is None or self._copy[0] != self._run.generation:
-                self._copy = (self._run.generation, self._run.view())
-            return self._copy[1]
-
-        return self._lane.call(self, command)
-
-    def _known(self, view: dict[str, Any], rows: Activations) -> dict[str, Any]:
-        """What findings are told beside the weights."""
-        told = {name: view[name] for name in ("samples_since_fired", "dead_after", "pins")}
-        return told | {"anchors": self.anchors if rows.truth is None else None, "seeds": self.last_seeds}
-
-    @property
-    def _root(self) -> Path:
-        """The run folder, or the one that goes with the session."""
-        return self._run.store.folder.parent
-
-    def _judge_rows(self, n: int):
-        with self._guard:
-            if n not in self._rows:
-                self._rows[n] = self.source.sample(n, stream(self.seed, "judge"), "judge")
-            return self._rows[n]
-
-    def _wait(self, future: Future) -> Any:
-        """Wait for lane work; keep open figures moving; an interrupt stops at the next step."""
-        try:
-            while True:
-                try:
-                    return future.result(timeout=0.25)
-                except StillRunning:
-                    if future.done():
-                        raise
-                    self._pulse()
-        except BaseException:
-            if not future.done():  # an interrupt, or a pulse that failed
-                self._stop.set()
-                future.exception()
-            raise
-        finally:
-            self._pulse()
-
-    def _pulse(self) -> None:
-        for pulse in list(self.pulses):
-            pulse()
-
-    def _require_writer(self, verb: str) -> None:
-        if self._closed:
-            raise PermissionError(f"{verb}: this session is closed. Open its folder again with Session.open, or start a new Session.")
-        if not self.writable:
-            raise PermissionError(
-                f"{verb}: this session follows {self.folder}, which {self.writer} writes. Close it, go on in memory with branch(), or, "
-                "if its host is gone, Session.open(..., take_over=True)."
-            )
-
-
-def _count(what: str, value) -> int:
-    if isinstance(value, bool) or not isinstance(value, Real) or value % 1 != 0 or value < 1:
-        raise ValueError(f"{what} is {value!r}; give a whole number, at least 1.")
-    return int(value)

@@ -263,7 +263,7 @@ def test_bracketed_actions_do_what_they_say(explorer, monkeypatch):
 
 
 def test_divergence_is_left_by_its_action(explorer):
-    from sdl_explorer.session import Diverged
+    from sdl_explorer.training.run import Diverged
 
     session = explorer.session
     session.lr = 1e20
