@@ -99,7 +99,7 @@ def test_planted_dead_latents_are_said_shown_and_helped(open_on):
     assert "✕ Dead costs up to 25% of the features 3 latents are dead while 2 features are missed." in said
     assert "3 of 9 latents have not fired in 320 samples" in said and "2 of 8 features have no decoder row at cosine 0.9" in said
     assert "Theorem 3.6" in said and "Show 3 latents on Latents Open Resample, filled in" in said
-    assert card.reading.text.startswith("1 problem, the most harmful first. Dead (costs up to 25% of the features): 3 latents are dead")
+    assert card.reading.text == "1 problem, the most harmful first: dead (costs up to 25% of the features)."
     assert card.stamp.text.startswith("computed at step 12")
 
     card._pick("0 show")

@@ -61,8 +61,8 @@ def _(verdicts, look):
     why = problems.empty(verdicts, look)
     if why is not None:
         return why
-    said = " ".join(f"{token_of(v).word} ({harm_of(v)}): {v.claim}" for v in verdicts)
-    return f"{plural(len(verdicts), 'problem')}, the most harmful first. {said}"
+    said = ", ".join(f"{token_of(v).word.lower()} ({harm_of(v)})" for v in verdicts)
+    return f"{plural(len(verdicts), 'problem')}, the most harmful first: {said}."
 
 
 @problems.table
@@ -128,8 +128,8 @@ def _style(theme: str) -> str:
 .problems > li {{ padding: 6px 0 }} .problems > li + li {{ border-top: 1px solid {EDGE[theme]} }}
 .problems p {{ margin: 2px 0 }} .problems ul {{ margin: 2px 0; padding-left: 18px }}
 .problems .quiet, .problems ul {{ font-size: 12.5px; color: {MUTED[theme]} }}
-.problems button {{ font: inherit; font-size: 13px; min-height: 26px; padding: 1px 10px; border-radius: 6px; cursor: pointer; color: inherit;
-  background: transparent; border: 1px solid {EDGE[theme]} }}
+.problems button {{ font: inherit; font-size: 13px; min-height: 26px; padding: 1px 10px; border-radius: 6px; cursor: pointer;
+  color: inherit; background: transparent; border: 1px solid {EDGE[theme]} }}
 .problems button:hover {{ background: color-mix(in srgb, currentColor 9%, transparent) }}
 .problems button:focus-visible {{ outline: 2px solid currentColor; outline-offset: 2px }}
 </style>"""
