@@ -25,7 +25,11 @@ from sdl_explorer.diagnosis.absorption import find_absorption
 from sdl_explorer.diagnosis.alignment import align
 from sdl_explorer.diagnosis.cached import CachedFindings
 from sdl_explorer.diagnosis.candidates import suspect_absorption
+from sdl_explorer.diagnosis.causes import trace_causes
+from sdl_explorer.diagnosis.drift import measure_drift
 from sdl_explorer.diagnosis.examples import find_examples
+from sdl_explorer.diagnosis.explain import explain
+from sdl_explorer.diagnosis.groups import trace_groups
 from sdl_explorer.diagnosis.health import check_health
 from sdl_explorer.diagnosis.meanings import suspect_polysemantic
 from sdl_explorer.diagnosis.observe import MOST_ROWS, Kept
@@ -38,9 +42,20 @@ from sdl_explorer.models.formats.files import read_tensors, tensor_bytes
 from sdl_explorer.training.folder import write_json
 from sdl_explorer.training.state import threads_for
 
-ALWAYS = (check_health, find_examples, find_redundant, suspect_polysemantic, suspect_absorption)
+ALWAYS = (check_health, find_examples, find_redundant, suspect_polysemantic, suspect_absorption, trace_groups)
 COMPARED = (align,)  # with true features or anchors
-WITH_TRUTH = (trace_patterns, score_recovery, find_absorption)
+WITH_TRUTH = (trace_patterns, score_recovery, find_absorption, trace_causes)
+WITH_PINS = (measure_drift,)
+LAST = (explain,)  # made of what the others found
+BY_ITSELF = {
+    "find_twins": "it compares with another dictionary",
+    "count_pairs": "it counts the latents that somebody chose",
+    "precision_on_spikes": "it judges candidates that are given; those of a survey's findings have theirs in `on_spikes`",
+    "measure_contributions": "find_redundant has the same as `explained` and `firing_rate`",
+    "score_absorption": "it fits probes",
+    "probe_landscape": "it trains two latents again from where they are kicked",
+    "check_theory": "it keeps every feature with every latent in double precision, more than all of a survey",
+}
 KEEP_CODES = 1_000_000_000  # bytes of one survey; later blocks are encoded again where that is not enough
 KEEP_SURVEYS = 4  # of a run, the newest
 
@@ -62,8 +77,8 @@ class Survey:
         name = finding if isinstance(finding, str) else finding.__name__
         if name in self.found:
             return self.found[name]
-        why = self.left_out.get(name, "it is no part of a survey; call session.find")
-        raise KeyError(f"survey: no {name}, since {why}. Here are {', '.join(self.found)}.")
+        own = f"{BY_ITSELF.get(name, 'it is no part of a survey')}; call session.find"
+        raise KeyError(f"survey: no {name}, since {self.left_out.get(name, own)}. Here are {', '.join(self.found)}.")
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.found)
@@ -73,12 +88,14 @@ class Survey:
         return "\n  ".join(lines)
 
 
-def findings_for(rows: Activations, anchors) -> tuple[list[Callable], dict[str, str]]:
+def findings_for(rows: Activations, anchors, pins=None) -> tuple[list[Callable], dict[str, str]]:
     """The findings that these rows can fill, and why not the others."""
     truth = rows.truth is not None
-    fits: list[Callable] = [*ALWAYS, *(COMPARED if truth or anchors is not None else ()), *(WITH_TRUTH if truth else ())]
-    why = "these rows have no true features"
-    return fits, {f.__name__: why for f in (*COMPARED, *WITH_TRUTH) if f not in fits}
+    there = ((COMPARED, truth or anchors is not None), (WITH_TRUTH, truth), (WITH_PINS, pins is not None and len(pins) > 0))
+    fits = [finding for findings, some in there for finding in findings if some]
+    left_out = {finding.__name__: "these rows have no true features" for finding in (*COMPARED, *WITH_TRUTH) if finding not in fits}
+    left_out |= {finding.__name__: "nothing is pinned" for finding in WITH_PINS if finding not in fits}
+    return [*ALWAYS, *fits, *LAST], left_out
 
 
 def take_survey(
@@ -91,7 +108,7 @@ def take_survey(
 ) -> Survey:
     """Fill all findings that the rows allow; `view` has the dictionary and the key under which results are remembered."""
     dictionary = view["dictionary"]
-    wanted, left_out = findings_for(rows, known["anchors"])
+    wanted, left_out = findings_for(rows, known["anchors"], known["pins"])
     with threads(dictionary, rows.n):
         results = findings.find(wanted, view["key"], dictionary, rows, known, {}, pulse, lambda: kept)
     found = {finding.__name__: result for finding, result in zip(wanted, results, strict=True)}

@@ -283,7 +283,7 @@ def test_further_causes_are_one_ridge_and_no_row_is_lost():
     codes = torch.eye(WIDTH).repeat(3, 1)[: 2 * WIDTH + 3]
     rows = Activations(codes, codes, Truth(codes, torch.eye(WIDTH), torch.eye(WIDTH)))
     W = torch.ones(1, WIDTH)
-    causes = trace_causes(SparseDictionary(W, W), rows)
+    causes = trace_causes(SparseDictionary(W, W), rows, latent=0)
     found = causes.ridges(most=3)
     assert found.features.tolist() == [0, 1, 2, -2]
     assert found.counts.sum(axis=1).tolist() == [3, 3, 3, 10]

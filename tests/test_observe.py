@@ -42,7 +42,7 @@ def test_sums_over_entries_equal_dense_products(monkeypatch, device, method, tra
         dictionary.b_enc[2] = -1e4
     findings = []
     for share in (0.0, 2.0):
-        monkeypatch.setattr(observing, "SPARSE", share)
+        monkeypatch.setattr("sdl_explorer.diagnosis.rows.SPARSE", share)
         findings.append(check_health(dictionary, activations))
     for name in set(vars(findings[0])) - {"dead_after"}:
         np.testing.assert_allclose(*(getattr(f, name) for f in findings), rtol=1e-5, atol=1e-6, err_msg=name)
@@ -50,7 +50,7 @@ def test_sums_over_entries_equal_dense_products(monkeypatch, device, method, tra
 
 
 def test_rows_on_which_nothing_fires(monkeypatch):
-    monkeypatch.setattr(observing, "SPARSE", 2.0)
+    monkeypatch.setattr("sdl_explorer.diagnosis.rows.SPARSE", 2.0)
     dictionary, activations = random_pair()
     with torch.no_grad():
         dictionary.b_enc.fill_(-1e4)

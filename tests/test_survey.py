@@ -1,7 +1,9 @@
 """session.survey: one pass for all findings, in blocks, which goes on where it was ended."""
 
+import importlib
 import json
-from dataclasses import fields, is_dataclass
+import pkgutil
+from dataclasses import fields, is_dataclass, replace
 
 import numpy as np
 import pytest
@@ -10,25 +12,34 @@ from scipy.sparse import issparse
 from torch.testing import assert_close
 from typer.testing import CliRunner
 
+import sdl_explorer
 from sdl_explorer import cli
 from sdl_explorer import survey as surveying
 from sdl_explorer.control import Stopped
 from sdl_explorer.data.activations import Activations
+from sdl_explorer.data.anchors import Anchors
 from sdl_explorer.data.bench import LinearBench
 from sdl_explorer.data.hierarchy import HierarchyBench
 from sdl_explorer.data.store import Stored
+from sdl_explorer.diagnosis import causes as causing
 from sdl_explorer.diagnosis import observe as observing
 from sdl_explorer.diagnosis.alignment import align
 from sdl_explorer.diagnosis.causes import trace_causes
+from sdl_explorer.diagnosis.drift import measure_drift
 from sdl_explorer.diagnosis.examples import find_examples
+from sdl_explorer.diagnosis.explain import explain
+from sdl_explorer.diagnosis.groups import trace_groups
 from sdl_explorer.diagnosis.health import check_health
 from sdl_explorer.diagnosis.observe import encoded, evaluating, observe
+from sdl_explorer.diagnosis.pairs import count_pairs
 from sdl_explorer.diagnosis.patterns import trace_patterns
+from sdl_explorer.diagnosis.redundancy import find_redundant
 from sdl_explorer.models.dictionary import Latents
 from sdl_explorer.models.methods import BatchTopK, JumpReLU, ReLU, TopK
 from sdl_explorer.session import Session
+from sdl_explorer.trial import measure_contributions
 
-FINDINGS = [*surveying.ALWAYS, *surveying.COMPARED, *surveying.WITH_TRUTH]
+FINDINGS = [*surveying.ALWAYS, *surveying.COMPARED, *surveying.WITH_TRUTH, *surveying.LAST]
 
 
 def leaves(value, path=""):
@@ -95,6 +106,94 @@ def test_a_survey_equals_each_finding_alone(small):
     assert survey["check_health"] is survey[check_health]
 
 
+def test_every_finding_is_in_a_survey_or_says_why_not():
+    there = set()
+    for module in pkgutil.walk_packages(sdl_explorer.__path__, "sdl_explorer."):
+        if module.name.startswith("sdl_explorer.diagnosis.") or module.name == "sdl_explorer.trial":
+            members = vars(importlib.import_module(module.name)).values()
+            there |= {member.__name__ for member in members if hasattr(member, "accumulator") and callable(member)}
+    surveyed = {finding.__name__ for finding in (*FINDINGS, *surveying.WITH_PINS)}
+    assert surveyed | set(surveying.BY_ITSELF) == there
+    assert not surveyed & set(surveying.BY_ITSELF)
+
+
+def test_contributions_are_what_find_redundant_explains():
+    data = HierarchyBench(magnitude_std=0.3).sample(300, torch.Generator().manual_seed(0))
+    dictionary = TopK(k=4).build(20, 20, 24, torch.Generator().manual_seed(1)).eval()
+    redundancy, contributions = observe(dictionary, data, [find_redundant, measure_contributions])
+    np.testing.assert_allclose(contributions["contribution"], redundancy.explained, rtol=1e-4, atol=1e-6)
+    np.testing.assert_array_equal(contributions["firing_rate"], redundancy.firing_rate)
+
+
+def test_pins_are_in_the_survey_of_who_has_some(small):
+    session = make()
+    session.anchor(Anchors.from_truth(session.source.sample(1, torch.Generator()), [0, 3]))
+    survey = session.survey(100)
+    assert len(survey[measure_drift]) == 2
+    assert session.find(measure_drift, n=100) is survey[measure_drift]
+
+
+def test_a_finding_is_fed_and_answered_once_for_all_who_ask(monkeypatch):
+    fed, answered = [], []
+    add, result = check_health.accumulator.add, check_health.accumulator.result
+    monkeypatch.setattr(check_health.accumulator, "add", lambda self, rows: fed.append(self) or add(self, rows))
+    monkeypatch.setattr(check_health.accumulator, "result", lambda self: answered.append(self) or result(self))
+    data = HierarchyBench().sample(40, torch.Generator().manual_seed(0))
+    dictionary = TopK(k=4).build(20, 20, 24, torch.Generator().manual_seed(1)).eval()
+    health, verdicts, later = observe(dictionary, data, [check_health, explain, (check_health, {"dead_after": 1_000})])
+    assert health is not later
+    assert (health.dead_after, later.dead_after) == (None, 1_000)
+    one, two = ({id(part) for part in parts if part.dead_after != 1_000} for parts in (fed, answered))
+    assert len(two) == 1
+    assert two <= one
+    assert_same(verdicts, observe(dictionary, data, [explain])[0])
+
+
+@pytest.mark.parametrize("complete", [True, False])
+def test_causes_of_every_latent_are_those_of_each_one(monkeypatch, complete):
+    data = HierarchyBench(magnitude_std=0.3).sample(300, torch.Generator().manual_seed(0))
+    data = replace(data, truth=replace(data.truth, complete=complete))
+    dictionary = ReLU().build(20, 20, 24, torch.Generator().manual_seed(1)).eval()
+    with torch.no_grad():
+        dictionary.b_enc[5] = -100.0
+    each = [trace_causes(dictionary, data, latent=i) for i in range(24)]
+    monkeypatch.setattr(causing, "TERMS", 50)
+    monkeypatch.setattr(causing, "CELLS", 100)
+    every = trace_causes(dictionary, data)
+    assert every.n_latents == 24
+    assert len(every.of(5).row) == 0 < len(every.of(4).row)
+    for i, alone in enumerate(each):
+        assert_same(every.of(i), alone)
+    overlap = dictionary.W_enc.detach() @ data.truth.input_features.T
+    drive = (data.truth.codes[every.row] * overlap[np.repeat(np.arange(24), np.diff(every.offsets))]).relu()
+    if complete:
+        assert_close(torch.as_tensor(every.share), drive.max(dim=1).values / drive.sum(dim=1).clamp_min(1e-12), rtol=1e-5, atol=1e-6)
+        assert torch.equal(torch.as_tensor(every.feature).long(), torch.where(drive.amax(dim=1) > 0, drive.argmax(dim=1), -1))
+    with pytest.raises(ValueError, match="latent 24 does not exist"):
+        every.of(24)
+
+
+def test_causes_of_every_latent_hold_as_many_codes_as_there_is_room_for(monkeypatch):
+    data = HierarchyBench().sample(100, torch.Generator().manual_seed(0))
+    dictionary = TopK(k=4).build(20, 20, 24, torch.Generator().manual_seed(1)).eval()
+    monkeypatch.setattr("sdl_explorer.diagnosis.candidates_pairs.MOST_CODES", 200)
+    some = trace_causes(dictionary, data)
+    assert 50 <= some.n_samples < 100
+    assert len(some.row) <= 200
+    assert_same(some.of(3), trace_causes(dictionary, data.take(slice(some.n_samples)), latent=3))
+
+
+@pytest.mark.parametrize("of", ["anchors", "labels", "clusters"])
+def test_groups_in_blocks_of_any_size(of):
+    data = HierarchyBench(magnitude_std=0.3).sample(300, torch.Generator().manual_seed(0))
+    data = replace(data, labels=torch.arange(300) % 3 if of == "labels" else None)
+    dictionary = ReLU().build(20, 20, 24, torch.Generator().manual_seed(1)).eval()
+    anchors = Anchors.from_truth(data, range(4)) if of == "anchors" else None
+    whole, split = (observe(dictionary, data, [(trace_groups, {"anchors": anchors, "n_clusters": 4})], block=b)[0] for b in (300, 7))
+    assert whole.of == split.of == of
+    assert_same(whole, split)
+
+
 @pytest.mark.parametrize(("method", "block"), [(TopK(k=4), 7), (BatchTopK(k=4), 64), (ReLU(), 20), (JumpReLU(), 100)])
 def test_blocks_of_any_size_give_the_same_numbers(method, block):
     data = HierarchyBench(magnitude_std=0.3).sample(300, torch.Generator().manual_seed(0))  # no two codes are equal
@@ -125,7 +224,7 @@ def test_wide_blocks_give_the_codes_of_narrow_ones(monkeypatch, method, firing):
 
 @pytest.mark.parametrize("sparse", [0.0, 2.0])
 def test_codes_of_some_latents(monkeypatch, sparse):
-    monkeypatch.setattr(observing, "SPARSE", sparse)
+    monkeypatch.setattr("sdl_explorer.diagnosis.rows.SPARSE", sparse)
     data = HierarchyBench().sample(40, torch.Generator().manual_seed(0))
     chosen = torch.tensor([3, 0, 3, 23, 7])
     for method in (TopK(k=4), ReLU()):
@@ -255,11 +354,13 @@ def test_without_truth_what_needs_it_is_left_out(small):
     rows = torch.randn(300, 8, generator=torch.Generator().manual_seed(0))
     survey = make(source=Stored(rows)).survey(10_000)
     assert survey.n_samples == 30  # all that the part has
-    assert list(survey) == [f.__name__ for f in surveying.ALWAYS]
+    assert list(survey) == [f.__name__ for f in (*surveying.ALWAYS, *surveying.LAST)]
     with pytest.raises(KeyError, match=r"no align, since these rows have no true features.*check_health"):
         survey[align]
-    with pytest.raises(KeyError, match=r"call session\.find"):
-        survey[trace_causes]
+    with pytest.raises(KeyError, match=r"no count_pairs, since it counts the latents that somebody chose; call session\.find"):
+        survey[count_pairs]
+    with pytest.raises(KeyError, match="no measure_drift, since nothing is pinned"):
+        survey[measure_drift]
     assert "30 rows" in repr(survey)
     with pytest.raises(ValueError, match="survey: rows is 0"):
         make().survey(0)

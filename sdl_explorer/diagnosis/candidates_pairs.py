@@ -108,9 +108,10 @@ class Codes(Accumulator):
         n = int((held <= MOST_CODES).sum())
         self.full = n < rows.n
         kept = row < n
-        latent, row, value = latent[kept], row[kept], value[kept] * self.norms[latent[kept]]
+        latent, row, value = latent[kept], row[kept], value[kept]
         self.held, self.n = self.held + len(row), self.n + n
         self.parts.append((latent.int().cpu().numpy(), (row + rows.start).int().cpu().numpy(), value.cpu().numpy()))
+        value = value * self.norms[latent]
         self.square += float(value.double().square().sum())
         self.other += self._crosstalk(rows, latent, row, value)
 
@@ -131,7 +132,12 @@ class Codes(Accumulator):
         return self.other / self.square if self.square > 0 else 0.0
 
     def matrix(self) -> Csr:
-        """(n_latents, n), each latent's rows in order."""
+        """z_i |W_dec_i|, (n_latents, n), each latent's rows in order."""
+        raw = self.raw()
+        return like(raw, raw.data * self.norms.cpu().numpy()[row_of(raw)])
+
+    def raw(self) -> Csr:
+        """The same of z_i."""
         if self.made is None:
             latent, row, value = (np.concatenate(parts) for parts in zip(*self.parts, strict=True))
             self.parts = []

@@ -50,11 +50,10 @@ class _Explainer(Accumulator):
                 asked[find_absorption] = {}
             if theory:
                 asked[check_theory] = {"pins": pins}
-        self.parts = {of: of.accumulator(stream, **settings) for of, settings in asked.items()}
+        self.parts = {of: stream.ask(of, settings, whatever=("match",)) for of, settings in asked.items()}
 
     def add(self, rows: Rows) -> None:
-        for part in self.parts.values():
-            part.add(rows)
+        """The findings are fed by the stream, once for all who ask for them."""
 
     def result(self) -> list[Verdict]:
         found = {of: part.result() for of, part in self.parts.items()}

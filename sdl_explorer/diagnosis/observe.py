@@ -16,91 +16,20 @@ accumulator that it is built from:
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cached_property
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
 from sdl_explorer.data.activations import Activations
+from sdl_explorer.diagnosis.rows import Rows
 from sdl_explorer.models.dictionary import Latents, SparseDictionary
 
 FIRES = 1e-6  # latent i fires on x when z_i > FIRES * |W_enc_i| * |input_scale x|: rounding at an exact zero is not firing
 BLOCK_BYTES = 16 * 2**20  # of one block's dense pre-activations; a pass holds a few blocks of this size
 WIDE = 16  # times as many rows where sigma selects, and pre-activations are never made whole
 MOST_ROWS = 4096
-SPARSE = 1 / 16  # share of the codes that fire, below which sums over entries beat a dense product
-
-
-class Rows:
-    """One block of b rows, on the dictionary's device, after one forward pass.
-
-    inputs (b, d_in), targets (b, d_out; the same tensor as inputs for an SAE), reconstruction (b, d_out)
-    count   how often each latent fires in this block, int (n_latents,)
-    first   where each latent's entries begin, int (n_latents,)
-    sparse  whether few enough codes fire that `entries` is the cheap way to read them; `codes` and `fired` then make dense
-            matrices, which `codes_of` does not
-    """
-
-    def __init__(self, start: int, inputs: Tensor, targets: Tensor, latents: Latents, reconstruction: Tensor, reads: Tensor):
-        self.start, self.inputs, self.targets, self.reconstruction = start, inputs, targets, reconstruction
-        self.n, self.n_latents = len(inputs), latents.n_latents
-        norms = inputs.norm(dim=1)
-        if latents.is_sparse:
-            row, latent, value = latents.row, latents.layout[0], latents.values
-            self.entries = _by_latent(row, latent, value, (value > reads[latent] * norms[row]).nonzero()[:, 0])
-            self.count = torch.bincount(self.entries[0], minlength=self.n_latents)
-        else:
-            codes = latents.values.float()
-            self.fired = codes > norms[:, None] * reads
-            self.codes = torch.where(self.fired, codes, 0)
-            self.count = self.fired.sum(dim=0)
-        n_entries = len(self.entries[0]) if latents.is_sparse else int(self.count.sum())
-        self.sparse = n_entries < SPARSE * self.n * self.n_latents
-
-    @cached_property
-    def entries(self) -> tuple[Tensor, Tensor, Tensor]:
-        """(latent, row in the block, value) of every code that fires, by latent and then by row."""
-        if not self.sparse:
-            latent, row = self.fired.T.nonzero(as_tuple=True)
-            return latent, row, self.codes[row, latent]
-        row, latent = self.fired.nonzero(as_tuple=True)
-        return _by_latent(row, latent, self.codes[row, latent], slice(None))
-
-    @cached_property
-    def first(self) -> Tensor:
-        return self.count.cumsum(0) - self.count
-
-    @cached_property
-    def codes(self) -> Tensor:
-        """Dense (b, n_latents), zero wherever the latent does not fire."""
-        latent, row, value = self.entries
-        return value.new_zeros(self.n, self.n_latents).index_put((row, latent), value)
-
-    @cached_property
-    def fired(self) -> Tensor:
-        """bool (b, n_latents)."""
-        return self.codes > 0
-
-    def codes_of(self, chosen: Tensor) -> Tensor:
-        """Codes of some latents, (b, m) for m ids, which may repeat; zero wherever a latent does not fire."""
-        if not self.sparse:
-            return self.codes[:, chosen]
-        ids, place = chosen.unique(return_inverse=True)
-        column = torch.full((self.n_latents,), -1, device=chosen.device)
-        column[ids] = torch.arange(len(ids), device=chosen.device)
-        latent, row, value = self.entries
-        kept = (column[latent] >= 0).nonzero()[:, 0]
-        codes = value.new_zeros(self.n, len(ids)).index_put((row[kept], column[latent[kept]]), value[kept])
-        return codes[:, place]
-
-
-def _by_latent(row: Tensor, latent: Tensor, value: Tensor, kept) -> tuple[Tensor, Tensor, Tensor]:
-    """The kept entries, which come by row, by latent and then by row."""
-    row, latent, value = row[kept], latent[kept], value[kept]
-    latent, order = latent.sort(stable=True)
-    return latent, row[order], value[order].float()
 
 
 class Accumulator:
@@ -128,12 +57,40 @@ class Stream:
         same = activations.targets is activations.inputs
         self.target_mean = self.input_mean if same else _mean(activations.targets).to(dictionary.device)
         self.shared: dict[type[Accumulator], Accumulator] = {}
+        self.asked: list[Asked] = []
 
     def share(self, kind: type[Shared]) -> Shared:
         """The one accumulator of this kind in this pass; it is fed once however many findings read it."""
         if kind not in self.shared:
             self.shared[kind] = kind(self)
         return cast(Shared, self.shared[kind])
+
+    def ask(self, function: Callable, settings: dict[str, Any], whatever: Sequence[str] = ()) -> "Asked":
+        """A finding of this pass, once for all who ask with the same settings. Of those named in `whatever` any value will do."""
+        declared = list(inspect.signature(function).parameters.values())[2:]
+        whole = {p.name: settings.get(p.name, p.default) for p in declared}
+        for one in self.asked:
+            if one.function is function and all(_same(one.settings[k], v) for k, v in whole.items() if k not in whatever):
+                return one
+        self.asked.append(Asked(function, whole, function.accumulator(self, **settings)))
+        return self.asked[-1]
+
+
+class Asked:
+    """One finding of a pass; its result is made once, and its accumulator then makes room."""
+
+    def __init__(self, function: Callable, settings: dict[str, Any], accumulator: Accumulator):
+        self.function, self.settings = function, settings
+        self.accumulator: Accumulator | None = accumulator
+
+    def result(self) -> Any:
+        if self.accumulator is not None:
+            self.found, self.accumulator = self.accumulator.result(), None
+        return self.found
+
+
+def _same(a: Any, b: Any) -> bool:
+    return a is b or (isinstance(a, int | float | str | tuple) and type(a) is type(b) and a == b)
 
 
 def finding(accumulator: type[Accumulator]) -> Callable[[Callable], Callable]:
@@ -183,13 +140,15 @@ def observe(
 
     with evaluating(dictionary):
         stream = Stream(dictionary, activations, pulse)
-        wanted = [function.accumulator(stream, **settings) for function, settings in requests]
+        wanted = [stream.ask(function, settings) for function, settings in requests]
+        fed = [*stream.shared.values(), *(one.accumulator for one in stream.asked if one.accumulator is not None)]
         for rows in encoded(dictionary, activations, block, kept):
-            for accumulator in (*stream.shared.values(), *wanted):
+            for accumulator in fed:
                 accumulator.add(rows)
             done = (rows.start + rows.n) / activations.n
             pulse()
-        return [wanted.pop(0).result() for _ in requests]  # each makes room for the next
+        fed.clear()
+        return [one.result() for one in wanted]  # each makes room for the next
 
 
 @contextmanager
