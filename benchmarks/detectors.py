@@ -1,12 +1,13 @@
 """Detectors that see no truth, scored against the truth that benches hide.
 
-    python benchmarks/detectors.py              some ten minutes of one core; goes on where it was interrupted
+    python benchmarks/detectors.py --seeds 3    some ten minutes of one core a seed; goes on where it was interrupted
     python benchmarks/detectors.py --report     the tables, from the dictionaries that are judged so far
     python benchmarks/detectors.py --anew       detectors have changed: judges the trained dictionaries again
                                                 (--anew absorption: with that detector alone)
 
 Trains small dictionaries on LinearBench and HierarchyBench over a grid of sparsity, interference (n_features / d_in), width and method.
-Each detector reads 10,000 judge rows without truth; the truth comes from 100,000 fresh rows. A new detector is one entry of DETECTORS.
+Each detector reads 10,000 judge rows without truth; the truth comes from 100,000 fresh rows, a latent's rate from 1,000,000. A new
+detector is one entry of DETECTORS.
 
 Writes runs.csv (each dictionary and detector), regimes.csv and README.md to benchmarks/results/detectors, and the table that findings
 quote to sdl_explorer/assets/detector_scores.csv.
@@ -14,60 +15,69 @@ quote to sdl_explorer/assets/detector_scores.csv.
 
 import argparse
 import json
-import platform
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import fields
 from functools import cached_property
-from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 import torch
-from sklearn.metrics import average_precision_score
+from detector_tables import OUT, RUNS, Units, report, scores  # the file beside this one
+from torch.nn.functional import normalize
 
 from sdl_explorer import BatchTopK, HierarchyBench, JumpReLU, LinearBench, Matryoshka, ReLU, Session, SparseDictionary, TopK
-from sdl_explorer.data.activations import Activations
 from sdl_explorer.data.sources import Source, stream
 from sdl_explorer.diagnosis.absorption import find_absorption
 from sdl_explorer.diagnosis.candidates import score_candidates, suspect_absorption
 from sdl_explorer.diagnosis.meanings import suspect_polysemantic
+from sdl_explorer.diagnosis.observe import encoded, evaluating
 from sdl_explorer.diagnosis.patterns import trace_patterns
 from sdl_explorer.diagnosis.recovery import score_recovery
-from sdl_explorer.diagnosis.redundancy import find_redundant
-from sdl_explorer.diagnosis.scores import DetectorScore
+from sdl_explorer.diagnosis.redundancy import Redundancy, find_redundant
 from sdl_explorer.experiments.cells import Cell, run_cell
-from sdl_explorer.experiments.outcome import markdown_table
 
-OUT, RUNS = Path("benchmarks/results/detectors"), Path("runs/detectors")
-TABLE = Path("sdl_explorer/assets/detector_scores.csv")
-REGIMES = ((0.0, 0.1), (0.1, 0.2), (0.2, 1.0))  # of mean coherence
-SPARSITIES = ((0.0, 2.0), (2.0, 5.0), (5.0, np.inf))  # of L0
 JUDGE_ROWS, TRUTH_ROWS = 10_000, 100_000
+MORE, RARE = 1_000_000, 3e-5  # further rows for the rate of a latent; the rate that silence on TRUTH_ROWS excludes at 95 %
 SAME = 0.9  # cosine from which a decoder row writes a feature
 STEPS = 1_500
 
 
 class Truths:
-    """What findings with truth say of fresh rows, each when it is asked for."""
+    """What is known of a dictionary with truth and fresh rows, each when it is asked for; the source gives the same rows each time."""
 
-    def __init__(self, dictionary: SparseDictionary, rows: Activations):
-        self.dictionary, self.rows = dictionary, rows
+    def __init__(self, dictionary: SparseDictionary, source: Source, seed: int):
+        self.dictionary, self.draw = dictionary, lambda *key: source.sample(TRUTH_ROWS, stream(seed, *key), "judge")
 
+    rows = cached_property(lambda self: self.draw("truth"))
     patterns = cached_property(lambda self: trace_patterns(self.dictionary, self.rows))
     recovery = cached_property(lambda self: score_recovery(self.dictionary, self.rows, match=False))
     absorption = cached_property(lambda self: find_absorption(self.dictionary, self.rows))
 
+    @cached_property
+    def rate(self) -> np.ndarray:
+        """Share of MORE further rows on which each latent fires."""
+        count = torch.zeros(self.dictionary.n_latents, dtype=torch.int64)
+        with evaluating(self.dictionary):
+            for at in range(MORE // TRUTH_ROWS):
+                count += torch.stack([rows.count for rows in encoded(self.dictionary, self.draw("further", at))]).sum(dim=0)
+        return count.numpy() / MORE
 
-class Units(NamedTuple):
-    """What was judged, latents as a rule: the detector's score, whether it names the unit at its own threshold, and the hidden truth."""
+    @cached_property
+    def written(self) -> np.ndarray:
+        """(n_latents, 2) ids of the feature, or of the two, that a decoder row is a positive combination of, at a cosine of SAME; -1, -1
+        where it is of none."""
+        features = normalize(self.rows.truth.target_features, dim=1).double().numpy()
+        cosines = normalize(self.dictionary.W_dec.detach(), dim=1).double().numpy() @ features.T
+        first, alone = cosines.argmax(axis=1), cosines.max(axis=1, keepdims=True)
+        between = (features @ features.T)[first]
+        with np.errstate(divide="ignore", invalid="ignore"):
+            parts = np.stack([alone - between * cosines, cosines - between * alone]) / (1 - between**2)
+        fit = np.where((parts > 0).all(axis=0), parts[0] * alone + parts[1] * cosines, 0)  # squared cosine with the best combination
+        second = np.where(alone[:, 0] >= SAME, first, fit.argmax(axis=1))
+        found = np.sort(np.stack([first, second], axis=1), axis=1)
+        return np.where((alone >= SAME) | (fit.max(axis=1, keepdims=True) >= SAME**2), found, -1)
 
-    score: np.ndarray
-    claimed: np.ndarray
-    truth: np.ndarray
 
-    def of(self, some: np.ndarray) -> "Units":
-        return Units(*(part[some] for part in self))
+Judge = Callable[[Session, Truths], Units]
 
 
 # detectors: (session, truths) -> units ------------------------------------------------------------------------------
@@ -95,7 +105,15 @@ def rescored(session: Session, truth: Truths, score: np.ndarray) -> Units:
 
 
 def duplicate(session: Session, truth: Truths) -> Units:
-    """Live latents; true: another live latent writes the same feature, both at a cosine of 0.9."""
+    """Live latents; true: another live latent writes the same: one feature, or two in a positive combination, at a cosine of 0.9."""
+    found = session.find(find_redundant, n=JUDGE_ROWS)
+    written = np.where(found.live[:, None], truth.written, -1)
+    _, at, writers = np.unique(written, axis=0, return_inverse=True, return_counts=True)
+    return Units(found.twin_cosine, found.duplicate, (written[:, 0] >= 0) & (writers[at.reshape(-1)] > 1)).of(found.live)
+
+
+def same_feature(session: Session, truth: Truths) -> Units:
+    """The same; true: another live latent writes the same single feature at a cosine of 0.9, so that copies of a mixture are none."""
     found, recovery = session.find(find_redundant, n=JUDGE_ROWS), truth.recovery
     feature = np.where(found.live & (recovery.cosine >= SAME), recovery.feature, -1)
     writers = np.bincount(feature + 1, minlength=len(recovery.names) + 1)
@@ -103,10 +121,31 @@ def duplicate(session: Session, truth: Truths) -> Units:
 
 
 def dead(session: Session, truth: Truths) -> Units:
-    """All latents; true: silent on all fresh rows; score: samples since it fired, as training and the judge rows counted them."""
+    """All latents; true: the rate on 1,000,000 further rows is below 3 / 100,000, what 100,000 silent samples show at 95 %; named: silent
+    for 100,000 samples; score: less the rate that `find_redundant` expects."""
     found = session.find(find_redundant, n=JUDGE_ROWS)
-    since = np.where(found.live, 0, found.samples_since_fired)
-    return Units(since / (1 + since.max()), found.dead & ~found.live, truth.recovery.silent)
+    return Units(-found.expected_rate, found.dead & ~found.live, truth.rate < RARE)
+
+
+def expected(session: Session, truth: Truths) -> Units:
+    """The same truth and score; named: expected to fire less often than that."""
+    rate = session.find(find_redundant, n=JUDGE_ROWS).expected_rate
+    return Units(-rate, rate < RARE, truth.rate < RARE)
+
+
+def dead_for(score: Callable[[Redundancy, Truths], np.ndarray], words: str) -> Judge:
+    """The first definition, whose positives are a coin at rates near 1 / 100,000."""
+
+    def judge(session: Session, truth: Truths) -> Units:
+        found = session.find(find_redundant, n=JUDGE_ROWS)
+        return Units(score(found, truth), found.dead & ~found.live, truth.recovery.silent)
+
+    judge.__doc__ = f"All latents; true: silent on the 100,000 fresh rows; score: {words}."
+    return judge
+
+
+def since_fired(found: Redundancy) -> np.ndarray:
+    return np.where(found.live, 0, found.samples_since_fired)
 
 
 def silent(session: Session, truth: Truths) -> Units:
@@ -125,12 +164,20 @@ def absorption(session: Session, truth: Truths) -> Units:
     return Units(score, np.array(claimed + [False] * (len(score) - len(claimed)), dtype=bool), truth.astype(bool))
 
 
-Judge = Callable[[Session, Truths], Units]
 DETECTORS: dict[str, Judge] = {
     "polysemantic": polysemantic,
     "duplicate": duplicate,
     "dead": dead,
     "absorption": absorption,
+    "dead, by the expected rate": expected,
+    "duplicate, of one feature": same_feature,
+    "silent later": dead_for(lambda found, _: -found.expected_rate, "less the rate that `find_redundant` expects"),
+    "silent later, by samples since it fired": dead_for(lambda found, _: since_fired(found), "samples since it fired, in training"),
+    "silent later, by the share of the longest silence": dead_for(
+        lambda found, _: since_fired(found) / (1 + since_fired(found).max()),
+        "the same over the dictionary's largest, as it was scored first",
+    ),
+    "silent later, by the rate on 1,000,000 rows": dead_for(lambda _, truth: -truth.rate, "less the true rate: the most that can be had"),
     "silent on 100,000 rows": silent,
     "cos(encoder, decoder)": writes_otherwise,
     "cos(decoder, response)": fires_otherwise,
@@ -173,7 +220,7 @@ def run(cell: Cell) -> list[dict]:
         return rows
     run_cell(cell, folder, device="cpu")
     with Session.open(folder / "run", source=cell.source, device="cpu") as session:
-        truth = Truths(session.dictionary, cell.source.sample(TRUTH_ROWS, stream(cell.seed, "truth"), "judge"))
+        truth = Truths(session.dictionary, cell.source, cell.seed)
         spare = session.find(find_redundant, n=JUDGE_ROWS)
         regime = {"coherence": spare.coherence, "L0": float(spare.firing_rate.sum())}
         for name in missing:
@@ -189,75 +236,6 @@ def forget(cell: Cell, names: Iterable[str]) -> None:
     judged = RUNS / cell.name / "detectors.json"
     if judged.exists():
         judged.write_text(json.dumps([row for row in json.loads(judged.read_text()) if row["detector"] not in names]))
-
-
-# scores ------------------------------------------------------------------------------------------------------------------------
-
-
-def scores(units: Units) -> dict[str, float]:
-    """Zeros where there is nothing to divide by."""
-    truth, claimed = units.truth.astype(bool), units.claimed.astype(bool)
-    hits = int((truth & claimed).sum())
-    return {
-        "n": len(truth),
-        "positives": int(truth.sum()),
-        "claimed": int(claimed.sum()),
-        "precision": hits / max(int(claimed.sum()), 1),
-        "recall": hits / max(int(truth.sum()), 1),
-        "average_precision": float(average_precision_score(truth, units.score)) if truth.any() else 0.0,
-        "chance": float(truth.mean()) if len(truth) else 0.0,
-    }
-
-
-def pooled(runs: pd.DataFrame) -> dict[str, float]:
-    """All units of these runs together."""
-    kept = [np.load(RUNS / row.cell / f"{row.detector}.npz") for row in runs.itertuples()]
-    return scores(Units(*(np.concatenate([units[name] for units in kept]) for name in Units._fields)))
-
-
-def by_regime(runs: pd.DataFrame, bins: tuple, column: str) -> pd.DataFrame:
-    found = []
-    for name in DETECTORS:
-        for low, high in bins:
-            some = runs[(runs["detector"] == name) & (runs[column] >= low) & (runs[column] < high)]
-            if len(some):
-                found.append({"detector": name, "low": low, "high": high, "runs": len(some), **pooled(some)})
-    return pd.DataFrame(found)
-
-
-def report(runs: pd.DataFrame) -> None:
-    coherence, l0 = by_regime(runs, REGIMES, "coherence"), by_regime(runs, SPARSITIES, "L0")
-    regimes = pd.concat([coherence.assign(regime="mean coherence"), l0.assign(regime="L0")])
-    regimes.to_csv(OUT / "regimes.csv", index=False, float_format="%.4g")
-    own = [field.name for field in fields(DetectorScore)]
-    claims = coherence.groupby("detector")["claimed"].transform("sum") > 0
-    coherence[claims][own].to_csv(TABLE, index=False, float_format="%.4g")
-    head = (
-        f"`python benchmarks/detectors.py`: {runs['cell'].nunique()} dictionaries, seeds {sorted(runs['seed'].unique().tolist())}, "
-        f"{STEPS:,} steps of 256 rows each, on one CPU core ({platform.machine()}, torch {torch.__version__}).\n\n"
-        f"Detectors read {JUDGE_ROWS:,} judge rows without truth; the truth is that of {TRUTH_ROWS:,} fresh rows. Precision and recall are "
-        "those of a detector's own threshold, average precision that of its score; chance is the share of true cases, the average "
-        "precision of a coin. Units of all dictionaries in a regime are pooled. Thresholds were chosen on other bench seeds."
-    )
-    truths = [f"- **{name}**: {' '.join(judge.__doc__.split())}" for name, judge in DETECTORS.items()]
-    low = runs[runs["coherence"] < 0.2]
-    kinds = [("all", low), *((kind, low[low["bench"].str.startswith(kind)]) for kind in ("linear", "hierarchy"))]
-    aims = [
-        {"detector": n, "benches": k, **pooled(part[part["detector"] == n])}
-        for n in DETECTORS
-        for k, part in kinds
-        if (part["detector"] == n).any()
-    ]
-    aims = pd.DataFrame([aim | {"short of 0.9": max(0.0, 0.9 - aim["average_precision"])} for aim in aims if aim["positives"]])
-    sections = {
-        "Aim: average precision of 0.9 at mean coherence below 0.2": aims,
-        "By mean coherence": coherence,
-        "By L0": l0,
-    }
-    text = ["# Detectors without truth, against hidden truth", head, "\n".join(truths)]
-    for title, table in sections.items():
-        text += [f"## {title}", markdown_table(table.map(lambda v: f"{v:.3g}" if isinstance(v, float) else v))]
-    (OUT / "README.md").write_text("\n\n".join(text) + "\n")
 
 
 def main() -> None:
@@ -283,7 +261,11 @@ def main() -> None:
     if options.only == [""]:
         runs = pd.DataFrame(rows)
         runs.to_csv(OUT / "runs.csv", index=False, float_format="%.4g")
-        report(runs)
+        report(
+            runs,
+            DETECTORS,
+            f"{STEPS:,} steps of 256 rows each, {JUDGE_ROWS:,} judge rows without truth to detect, {TRUTH_ROWS:,} fresh rows for the truth",
+        )
 
 
 if __name__ == "__main__":

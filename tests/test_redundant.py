@@ -116,7 +116,7 @@ def test_blocks_of_any_size_and_inverse_scaling_give_the_same(block):
         for name in ("dead", "dense", "weak", "cluster"):
             np.testing.assert_array_equal(getattr(other, name), getattr(one, name), err_msg=name)
         np.testing.assert_array_equal(other.twin[one.duplicate], one.twin[one.duplicate])
-        for name in ("loss", "explained", "alone", "twin_cosine", "twin_overlap", "twin_encoder"):
+        for name in ("loss", "explained", "alone", "expected_rate", "twin_cosine", "twin_overlap", "twin_encoder"):
             some = one.duplicate if name.startswith("twin") else slice(None)
             np.testing.assert_allclose(getattr(other, name)[some], getattr(one, name)[some], rtol=1e-3, atol=1e-5, err_msg=name)
 

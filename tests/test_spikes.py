@@ -417,7 +417,7 @@ def test_a_detector_can_say_it_in_its_own_pass(spiked, rows):
 @pytest.mark.parametrize("order", [list(range(9)), [8, 2, 5, 0, 7, 1, 4, 6, 3]])
 def test_findings_without_truth_say_how_right_they_are_on_spikes(spiked, rows, order, monkeypatch):
     on_benches = DetectorScore("polysemantic", 0.0, 1.0, 100, 50, 50, 0.9, 0.8, 0.9, 0.5)
-    monkeypatch.setattr(meanings, "detector_scores", lambda name, coherence: on_benches)
+    monkeypatch.setattr(meanings, "detector_scores", lambda *_: on_benches)
     dictionary, bare = permuted(planted(spiked), order), Activations(rows.inputs, rows.inputs)
     same = find_redundant(dictionary, rows)
     assert [sorted(order[i] for i in group) for group in same.clusters] == [[4, 5]]

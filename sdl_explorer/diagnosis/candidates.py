@@ -11,7 +11,7 @@ from sdl_explorer.data.activations import Activations
 from sdl_explorer.diagnosis.absorption import Absorption
 from sdl_explorer.diagnosis.candidates_pairs import MOST, Codes, Contained, Containment, Near, Together, sums_of
 from sdl_explorer.diagnosis.observe import Accumulator, Rows, Stream, finding, observe
-from sdl_explorer.diagnosis.scores import DetectorScore, detector_scores
+from sdl_explorer.diagnosis.scores import DetectorScore, detector_scores, known_hierarchy
 from sdl_explorer.diagnosis.sparse import Csr, like, row_sums
 from sdl_explorer.diagnosis.spiked import OnSpikes, judge_of
 from sdl_explorer.models.dictionary import SparseDictionary
@@ -88,6 +88,7 @@ class Suspects:
     crosstalk      what other latents write along one that fires, of its code: the measured predictor of when candidates are wrong
     n_samples      rows read
     on_spikes      how often candidates are right here, among latents that stand for spike-ins; None where rows have none
+    hierarchy      whether features imply each other, None where it is not known: which benches are like these rows
     """
 
     candidates: tuple[Candidate, ...]
@@ -103,6 +104,7 @@ class Suspects:
     n_samples: int
     n_latents: int
     on_spikes: OnSpikes | None = None
+    hierarchy: bool | None = None
 
     status = "candidate"
 
@@ -120,8 +122,8 @@ class Suspects:
 
     @property
     def worth(self) -> DetectorScore:
-        """How right candidates are on benches of this coherence, where they are `reliable`."""
-        return detector_scores("absorption", self.coherence)
+        """How right candidates are on benches of this coherence, and kind where it is known, where they are `reliable`."""
+        return detector_scores("absorption", self.coherence, self.hierarchy)
 
     @property
     def confident(self) -> bool:
@@ -180,6 +182,7 @@ class _Suspicion(Accumulator):
             n_samples=self.codes.n,
             n_latents=dictionary.n_latents,
             on_spikes=self.spikes and self.spikes.judge(named, "absorbed"),
+            hierarchy=known_hierarchy(self.stream.activations),
         )
 
     def _look(self, codes: Csr, near: Near, scores: "_Scores", pair: int) -> tuple[Candidate, np.ndarray]:

@@ -13,7 +13,7 @@ from sdl_explorer.diagnosis.cosines import row_cosines, unit
 from sdl_explorer.diagnosis.examples import Reservoir
 from sdl_explorer.diagnosis.modes import cut_in_two, of_one_meaning
 from sdl_explorer.diagnosis.observe import Accumulator, Moments, Rows, Stream, finding, observe
-from sdl_explorer.diagnosis.scores import DetectorScore, detector_scores, mean_coherence
+from sdl_explorer.diagnosis.scores import DetectorScore, detector_scores, known_hierarchy, mean_coherence
 from sdl_explorer.diagnosis.spiked import OnSpikes, judge_of
 from sdl_explorer.models.dictionary import SparseDictionary
 
@@ -39,6 +39,7 @@ class Polysemanticity:
                 fired; and of which kind each is: 0, 1 (the rarer), -1 for none
     coherence   mean |cos| over pairs of live decoder rows: the regime that decides what the score is worth
     on_spikes   how often candidates are right in these rows, among latents that stand for spike-ins; None where there are none
+    hierarchy   whether features imply each other, None where it is not known: which benches are like these rows
     """
 
     n_samples: int
@@ -58,6 +59,7 @@ class Polysemanticity:
     rows: Int[np.ndarray, "n_latents n_rows"]
     kind: Int[np.ndarray, "n_latents n_rows"]
     on_spikes: OnSpikes | None = None
+    hierarchy: bool | None = None
 
     def __repr__(self) -> str:
         return f"Polysemanticity({self.reading})"
@@ -72,8 +74,8 @@ class Polysemanticity:
 
     @property
     def worth(self) -> DetectorScore:
-        """How right the detector is on benches of this coherence."""
-        return detector_scores("polysemantic", self.coherence)
+        """How right the detector is on benches of this coherence, and kind where it is known."""
+        return detector_scores("polysemantic", self.coherence, self.hierarchy)
 
     @property
     def reading(self) -> str:
@@ -139,6 +141,7 @@ class _Suspect(Accumulator):
             decoder_response=row_cosines(dictionary.W_dec.detach(), moments.target_moment),
             rows=rows,
             on_spikes=None,
+            hierarchy=known_hierarchy(self.stream.activations),
             **found,
         )
         if self.spikes is None:

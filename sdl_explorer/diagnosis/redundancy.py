@@ -15,8 +15,9 @@ from sdl_explorer.diagnosis.chance import Chance
 from sdl_explorer.diagnosis.copies import nearest_others
 from sdl_explorer.diagnosis.cosines import row_cosines
 from sdl_explorer.diagnosis.health import check_health
+from sdl_explorer.diagnosis.margins import Margins
 from sdl_explorer.diagnosis.observe import Accumulator, Rows, Stream, finding, observe
-from sdl_explorer.diagnosis.scores import DetectorScore, detector_scores
+from sdl_explorer.diagnosis.scores import DetectorScore, detector_scores, known_hierarchy
 from sdl_explorer.diagnosis.spiked import OnSpikes, judge_of
 from sdl_explorer.models.dictionary import SparseDictionary
 
@@ -28,6 +29,8 @@ class Redundancy:
     """What `find_redundant` found; arrays have one entry per latent, zeros for one that never fires.
 
     dead, unseen, samples_since_fired   as in `check_health`: silent for `dead_after` samples, or silent on these rows but for less
+    expected_rate  share of further rows on which it should fire: its rate here where it fires; else 1 / (1 / p + N) for N samples without
+                   a firing, training's and these, and the rate p at which its margins' tail would reach the threshold (`Margins`)
     dense          fires on more than `dense_rate` of the rows
     weak           fires, and its removal raises the error by less than `weak_share` of what a live latent's does on average
     cluster        which cluster of duplicates it is in, -1 for none: live latents joined by decoder cosines of `cosine` or more
@@ -39,6 +42,7 @@ class Redundancy:
                    which the latent explains by itself
     coherence      mean |cos| over pairs of live decoder rows
     on_spikes      how often two of a cluster are duplicates, among latents that stand for spike-ins; None where rows have none
+    hierarchy      whether features imply each other, None where it is not known: which benches are like these rows
     """
 
     n_samples: int
@@ -52,6 +56,7 @@ class Redundancy:
     dead: Bool[np.ndarray, " n_latents"]
     unseen: Bool[np.ndarray, " n_latents"]
     samples_since_fired: Int[np.ndarray, " n_latents"]
+    expected_rate: Float[np.ndarray, " n_latents"]
     dense: Bool[np.ndarray, " n_latents"]
     weak: Bool[np.ndarray, " n_latents"]
     cluster: Int[np.ndarray, " n_latents"]
@@ -63,6 +68,7 @@ class Redundancy:
     explained: Float[np.ndarray, " n_latents"]
     alone: Float[np.ndarray, " n_latents"]
     on_spikes: OnSpikes | None = None
+    hierarchy: bool | None = None
 
     def __repr__(self) -> str:
         counts = {"dead": self.dead, "unseen": self.unseen, "dense": self.dense, "weak": self.weak, "duplicate": self.duplicate}
@@ -98,8 +104,8 @@ class Redundancy:
         return n * (n - 1) / 2 * float(Chance(1, 1, self.d_out, self.d_out).recovery(self.cosine))
 
     def worth(self, detector: str) -> DetectorScore:
-        """How right "duplicate" or "dead" is on benches of this coherence."""
-        return detector_scores(detector, self.coherence)
+        """How right "duplicate" or "dead" is on benches of this coherence, and kind where it is known."""
+        return detector_scores(detector, self.coherence, self.hierarchy)
 
 
 class _Ledger(Accumulator):
@@ -113,6 +119,7 @@ class _Ledger(Accumulator):
         self.cosine, self.dense_rate, self.weak_share = cosine, dense_rate, weak_share
         self.spikes = judge_of(stream)
         self.checkup = check_health.accumulator(stream, samples_since_fired=samples_since_fired, dead_after=dead_after)
+        self.counted, self.margins = samples_since_fired is not None, stream.share(Margins)
         dictionary = stream.dictionary
         self.writes = dictionary.W_dec.detach().float() / dictionary.target_scale  # w_i, in units of the targets
         self.total, self.square, self.error, self.target = torch.zeros(4, dictionary.n_latents, dtype=torch.float64)
@@ -141,6 +148,7 @@ class _Ledger(Accumulator):
         loss = ((2 * self.error + self.square * size) / n).numpy()
         gained = (2 * self.target - (self.square - self.total.square() / n) * size).numpy()
         live = health.firing_rate > 0
+        silence = n + health.samples_since_fired if self.counted else n
         usual = max(loss[live].mean(), 0.0) if live.any() else 0.0
         twins = nearest_others(dictionary.W_dec.detach(), torch.as_tensor(np.flatnonzero(live), device=dictionary.device), self.cosine)
         other = torch.as_tensor(np.maximum(twins.twin, 0), device=dictionary.device)
@@ -157,6 +165,7 @@ class _Ledger(Accumulator):
             dead=health.dead,
             unseen=health.unseen,
             samples_since_fired=health.samples_since_fired,
+            expected_rate=np.where(live, health.firing_rate, 1 / (1 / self.margins.rates() + silence)),
             dense=health.firing_rate > self.dense_rate,
             weak=live & (loss < self.weak_share * usual),
             cluster=twins.cluster,
@@ -167,6 +176,7 @@ class _Ledger(Accumulator):
             loss=loss,
             explained=loss * n / self.variance if self.variance > 0 else np.zeros_like(loss),
             alone=gained / self.variance if self.variance > 0 else np.zeros_like(gained),
+            hierarchy=known_hierarchy(self.stream.activations),
         )
         return found if self.spikes is None else replace(found, on_spikes=self.spikes.judge(found.clusters, "redundant"))
 
