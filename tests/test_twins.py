@@ -9,7 +9,7 @@ from torch.nn.functional import normalize
 from sdl_explorer import HierarchyBench, Session, SparseDictionary, TopK, find_twins
 from sdl_explorer.data.activations import Activations
 from sdl_explorer.data.bench import random_rotation
-from sdl_explorer.diagnosis import cosines
+from sdl_explorer.diagnosis import cosines, similarity
 from sdl_explorer.diagnosis.observe import observe
 
 N, D, M = 3_000, 16, 12
@@ -187,7 +187,12 @@ def test_blocks_scales_and_order_change_no_verdict(by, monkeypatch):
     assert turned.here.kind.tolist() == whole.here.kind[order].tolist() and turned.there.kind.tolist() == whole.there.kind.tolist()
 
 
-def test_correlation_is_numpy_s():
+@pytest.mark.parametrize("dense", [0, np.inf])
+@pytest.mark.parametrize("cells", [30, 2**22])
+def test_correlation_is_numpy_s(monkeypatch, dense, cells):
+    """Products of sparse codes, and of dense ones, in blocks."""
+    monkeypatch.setattr(similarity, "DENSE", dense)
+    monkeypatch.setattr(similarity, "CELLS", cells)
     here, there = dictionary(FEATURES, 0.5, 1), dictionary(SPLIT, 0.5, 2)
     found = find_twins(here, ROWS, there, by="activations")
     codes = [d.encode(ROWS.inputs).dense().detach().numpy() for d in (here, there)]
@@ -195,6 +200,25 @@ def test_correlation_is_numpy_s():
     np.testing.assert_allclose(found.here.similarity, correlation.max(axis=1), atol=1e-5)
     assert found.here.best.tolist() == correlation.argmax(axis=1).tolist()
     np.testing.assert_allclose(found.there.similarity, correlation.max(axis=0), atol=1e-5)
+    elsewhere = np.corrcoef(codes[0].T, np.roll(codes[1], -N // 2, axis=0).T)[:M, M:]
+    assert found.chance == pytest.approx(elsewhere.max(axis=1).mean(), abs=1e-5)
+
+
+def test_rows_beyond_the_codes_that_are_kept_are_not_read(monkeypatch):
+    here, there = dictionary(FEATURES), dictionary(SPLIT)
+    monkeypatch.setattr(similarity, "MOST_ENTRIES", 400)
+    for block in (None, 50):
+        found = observe(here, ROWS, [(find_twins, {"other": there, "by": "activations"})], block=block)[0]
+        n = found.n_samples
+        fired = [(d.encode(ROWS.inputs).dense() > 0).sum(dim=1).cumsum(0) for d in (here, there)]
+        assert n == min(int((side <= 400).sum()) for side in fired) < N
+        assert f"correlated on the first {n} of 3,000 rows" in found.note
+        whole = find_twins(here, ROWS.take(slice(n)), there, by="activations")
+        assert whole.note == ""
+        for some, all_of_it in ((found.here, whole.here), (found.there, whole.there)):
+            assert some.kind.tolist() == all_of_it.kind.tolist()
+            np.testing.assert_allclose(some.similarity, all_of_it.similarity, atol=1e-5)
+            np.testing.assert_array_equal(some.firing_rate, all_of_it.firing_rate)
 
 
 def test_errors_say_what_is_wrong():

@@ -16,10 +16,18 @@ class Matcher:
 
     Up to DENSE_CELLS cells on the whole matrix (Hungarian method, Kuhn 1955); above on each feature's CANDIDATES
     best latents and one dummy per feature, so that a solution always exists; `note` says which. A feature on its
-    dummy, or one of more features than latents, is matched to -1.
+    dummy, or one of more features than latents, is matched to -1. `signs`: for signed cosines, absolute ones, or both.
     """
 
-    def __init__(self, n_features: int, n_latents: int, device, candidates: int = CANDIDATES, dense_cells: int = DENSE_CELLS):
+    def __init__(
+        self,
+        n_features: int,
+        n_latents: int,
+        device,
+        candidates: int = CANDIDATES,
+        dense_cells: int = DENSE_CELLS,
+        signs: tuple[bool, ...] = (True, False),
+    ):
         self.shape, self.candidates = (n_features, n_latents), candidates
         self.note, self.whole, self.kept = "", None, {}
         if n_features * n_latents <= dense_cells:
@@ -29,7 +37,7 @@ class Matcher:
             f"matching ran on each feature's {candidates} best latents: {n_features:,} x {n_latents:,} cells are more than {dense_cells:,}"
         )
         empty = torch.zeros(n_features, 0, device=device)
-        self.kept = {signed: (empty, empty.long()) for signed in (True, False)}
+        self.kept = {signed: (empty, empty.long()) for signed in signs}
 
     def add(self, cosines: Tensor, latents: Tensor) -> None:
         if self.whole is not None:

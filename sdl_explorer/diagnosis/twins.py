@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from jaxtyping import Float, Int
 from scipy.optimize import nnls
 
@@ -11,7 +12,7 @@ from sdl_explorer.data.activations import Activations
 from sdl_explorer.diagnosis.chance import Chance
 from sdl_explorer.diagnosis.matching import Matcher
 from sdl_explorer.diagnosis.observe import Accumulator, Rows, Stream, encoded, evaluating, finding, observe
-from sdl_explorer.diagnosis.similarity import Codes, Similarity
+from sdl_explorer.diagnosis.similarity import MOST_ENTRIES, Codes, Similarity
 from sdl_explorer.models.dictionary import SparseDictionary
 
 KINDS = ("shared", "split", "part", "novel", "silent")
@@ -64,8 +65,8 @@ class Twins:
     """What `find_twins` found: `here` the dictionary, `there` the other one.
 
     by        "decoder" or "activations": what is compared
-    chance    mean best similarity of latents that have nothing in common: random decoder rows, or codes of other rows
-    note      empty, or how the matching was cut down to size
+    chance    mean best similarity of latents that have nothing in common: random decoder rows, or codes of other rows (of 1,024 latents)
+    note      empty, or how rows and matching were cut down to size
     """
 
     by: str
@@ -110,23 +111,31 @@ class _Finder(Accumulator):
         span = slice(rows.start, rows.start + rows.n)
         inputs = self.given.inputs[span]
         given = Activations(inputs, inputs if self.given.targets is self.given.inputs else self.given.targets[span])
-        self.codes[0].add(rows, rows.start)
+        if any(side.full for side in self.codes):
+            return
+        self.codes[0].add(rows)
         with evaluating(self.other):
             for part in encoded(self.other, given):
-                self.codes[1].add(part, rows.start + part.start)
+                self.codes[1].add(part)
 
     def result(self) -> Twins:
-        n, here, there = self.stream.activations.n, self.stream.dictionary, self.other
+        n, here, there = min(side.n for side in self.codes), self.stream.dictionary, self.other
         like = Similarity(here, there, self.codes, n, self.by)
         near, matcher = self._search(like)
         latent, similarity = matcher.solve()
         matched = np.where((similarity >= self.tau) & near[0].alive, latent, -1)
         sides = _sides(near, matched, like, self.tau, n, self.codes)
-        return Twins(self.by, float(self.tau), n, *sides, self._chance(like), matcher.note)
+        return Twins(
+            self.by, float(self.tau), n, *sides, self._chance(like), "; ".join(note for note in (self._cut(n), matcher.note) if note)
+        )
+
+    def _cut(self, n: int) -> str:
+        whole = self.stream.activations.n
+        return f"correlated on the first {n:,} of {whole:,} rows: {MOST_ENTRIES:,} codes are kept" if n < whole else ""
 
     def _search(self, like: Similarity) -> "tuple[tuple[_Near, _Near], Matcher]":
         """Each latent's most similar one of the other side, and what a one-to-one matching needs."""
-        matcher = Matcher(*like.shape, device="cpu")
+        matcher = Matcher(*like.shape, device="cpu", signs=(True,))
         here, there = (_Near.nothing(alive.numpy()) for alive in like.alive)
         for block, latents in like.blocks():
             where = latents.numpy()
@@ -142,12 +151,11 @@ class _Finder(Accumulator):
         n_here, n_there = like.shape
         if self.by == "decoder":
             return Chance(n_there, n_here, self.other.d_out, self.other.d_out).mean_best()
-        best = np.zeros(n_here, dtype=np.float32)
-        for block, _ in like.blocks(rolled=True):
-            best = np.maximum(best, block.amax(dim=1).numpy())
+        best = torch.zeros(1)
+        for block in like.on_other_rows() if like.alive[0].any() else ():
+            best = torch.maximum(best, block.amax(dim=1))
             self.stream.pulse()
-        alive = like.alive[0].numpy()
-        return float(best[alive].mean()) if alive.any() else 0.0
+        return float(best.mean())
 
 
 @finding(_Finder)
@@ -173,7 +181,8 @@ def find_twins(
 
     Thresholds are conventions (0.7: Paulo and Belrose 2025, arXiv 2501.16615): compare with `chance`, and with two seeds of one setting.
     One latent that became more than four is called novel. Rows are encoded once by each dictionary, in blocks; codes that fire are kept
-    where they are correlated, and similarities never all at once. `twins.here` and `twins.there` are the two sides.
+    where they are correlated, rows beyond 2**24 codes are not read, and similarities are never all there at once. `twins.here` and
+    `twins.there` are the two sides.
 
     Raises ValueError for widths that do not fit, other numbers of rows, settings out of range, and for what `observe` refuses.
     Correlation across models: Lan et al. 2024 (arXiv 2410.06981).
