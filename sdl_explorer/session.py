@@ -18,14 +18,17 @@ import param
 import torch
 
 from sdl_explorer.archive import CONSTANT, read_control, read_record, write_control, write_record
+from sdl_explorer.comparison import other_of
 from sdl_explorer.control import Stopped, last_intervention, paired
 from sdl_explorer.data.anchors import Anchors
 from sdl_explorer.data.sources import Source, stream
 from sdl_explorer.diagnosis.compare import Control
+from sdl_explorer.diagnosis.compared import Compared
 from sdl_explorer.diagnosis.continuation import continued_method
 from sdl_explorer.diagnosis.explain import explain
 from sdl_explorer.diagnosis.preflight import Preflight, preflight
 from sdl_explorer.diagnosis.theory_seeds import Seeds, seed_steps
+from sdl_explorer.diagnosis.twins import find_twins
 from sdl_explorer.diagnosis.verdict import Verdict
 from sdl_explorer.models.dictionary import SparseDictionary
 from sdl_explorer.models.methods import Method, TopK
@@ -64,6 +67,8 @@ class Session(Running):
     `method` the session then holds its measured L0 (see `continued_method`) and fills the optimiser's moments at rate 0
     for 100 steps. With `rescale`, the input scale that its preflight asks for is set first.
     """
+
+    last_compared: Compared | None = None
 
     def __init__(
         self,
@@ -364,6 +369,31 @@ class Session(Running):
                     raise Stopped(f"survey: stopped at {done:.0%}; the same call goes on from there.")
 
             return take_survey(self._findings, view, activations, self._known(view, activations), pulse, kept)
+
+    def compare_with(self, other, *, by: str = "auto", tau: float = 0.7, n: int = JUDGE_ROWS, other_activations=None) -> Compared:
+        """Which latents another dictionary has too (`find_twins`), on `n` judge rows; the last one stays in `last_compared`.
+
+        `other`: a commit or its id, a run folder or any file that `SparseDictionary.load` reads, a `Session`, a dictionary, or
+        ("free" | "anchored", r), run r of the last `train_seeds`. Runs in the caller's thread; stop() ends it (raises `Stopped`).
+        """
+        if self.running:
+            raise ValueError("compare_with: the session is training, so that it will have moved on by the end; stop() it first.")
+        dictionary, name, python = other_of(other, self._run.store, self.last_seeds)
+        if dictionary.device.type != torch.device(self.device).type:
+            dictionary = copy.deepcopy(dictionary).to(self.device)
+        settings = {"other": dictionary, "by": by, "tau": tau, "other_activations": other_activations}
+        step = self.step
+        with self._job("comparison") as tell:
+
+            def pulse(done: float) -> None:
+                tell(done)
+                if self._stop.is_set():
+                    raise Stopped(f"compare_with: stopped at {done:.0%}; what was compared before stays.")
+
+            tell(0.0)
+            twins = self.find(find_twins, n=n, progress=pulse, **settings)
+        self.last_compared = Compared(name, step, twins, python if by == "auto" else f"{python}, by={by!r}")
+        return self.last_compared
 
     def save(self, folder) -> Path:
         """Bind the session to a run folder; commits first if the step moved."""

@@ -19,6 +19,7 @@ from sdl_explorer.diagnosis.alignment import align
 from sdl_explorer.diagnosis.candidates import suspect_absorption
 from sdl_explorer.diagnosis.causes import trace_causes
 from sdl_explorer.diagnosis.compare import Control
+from sdl_explorer.diagnosis.compared import Compared
 from sdl_explorer.diagnosis.drift import measure_drift
 from sdl_explorer.diagnosis.examples import find_examples
 from sdl_explorer.diagnosis.explain import explain
@@ -32,6 +33,7 @@ from sdl_explorer.diagnosis.probes import score_absorption
 from sdl_explorer.diagnosis.recovery import score_recovery
 from sdl_explorer.diagnosis.redundancy import find_redundant
 from sdl_explorer.diagnosis.theory import check_theory
+from sdl_explorer.diagnosis.twins import find_twins
 from sdl_explorer.models.dictionary import SparseDictionary
 from sdl_explorer.training.commits import Commit
 from sdl_explorer.training.history import History
@@ -103,6 +105,7 @@ def found():
         Chosen(probe_landscape, "latents", "primary_latent"): probe_landscape(
             dictionary, rows, latents=8, grid=8, n_kicks=2, n_steps=2, n_rows=64
         ),
+        Compared: Compared("another", 0, find_twins(dictionary, rows, planted(rows))),
         check_theory: check_theory(dictionary, rows, n_segments=1),
         explain: explain(dictionary, rows, dead_after=100),
         find_absorption: find_absorption(absorbing, family),
@@ -181,7 +184,7 @@ def points_of(element) -> list[hv.Points]:
 def test_the_registry_holds_every_view_of_the_package():
     assert {"A2", "A3", "A4", "R2", "R3", "N1", "C1", "C3", "timeline"} <= set(VIEWS)
     assert find_view("A2") is best_match
-    assert {v.id for v in views("compare")} == {"C1", "C3"}
+    assert {v.id for v in views("compare")} == {"C1", "C3", "C6"}
     with pytest.raises(KeyError, match="A2"):
         find_view("Z9")
 
@@ -267,6 +270,8 @@ def spoilt(finding):
         return [spoilt(f) for f in finding]
     if isinstance(finding, tuple):
         return tuple(spoilt(f) if isinstance(f, History) else f for f in finding)
+    if isinstance(finding, Compared):
+        return replace(finding, twins=spoilt(replace(finding.twins, here=spoilt(finding.twins.here), there=spoilt(finding.twins.there))))
     return replace(finding, **{field.name: _spoilt(getattr(finding, field.name)) for field in fields(finding)})
 
 

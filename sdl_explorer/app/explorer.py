@@ -12,6 +12,7 @@ from sdl_explorer.app.facts import latent_table
 from sdl_explorer.app.shell import Frame
 from sdl_explorer.diagnosis.alignment import align
 from sdl_explorer.diagnosis.compare import Control, scoreboard
+from sdl_explorer.diagnosis.compared import Compared
 from sdl_explorer.diagnosis.health import check_health
 from sdl_explorer.diagnosis.recovery import score_recovery
 from sdl_explorer.session import Session
@@ -146,6 +147,12 @@ class Explorer(pn.viewable.Viewer):
             then = scoreboard(*self._find(twin))
         now = scoreboard(*self._find())
         return pd.DataFrame({"before": then, "now": now}).assign(change=lambda table: table["now"] - table["before"])
+
+    def compare_with(self, other, **settings) -> Compared:
+        """Which latents another dictionary has too: `session.compare_with`, shown on the page Compare."""
+        compared = self.session.compare_with(other, **settings)
+        self.desk.poll()
+        return compared
 
     def _find(self, session: Session | None = None):
         session = session or self.session

@@ -15,6 +15,7 @@ from sdl_explorer.widgets.preview import Held, Preview
 from sdl_explorer.widgets.problems import Problems
 from sdl_explorer.widgets.theory import TheoryCards
 from sdl_explorer.widgets.tiles import Tiles
+from sdl_explorer.widgets.twins import TwinCard
 
 QUESTIONS = {
     "Overview": "Is this dictionary healthy, and what is wrong first?",
@@ -76,7 +77,8 @@ def _landscape(host):
 
 def _compare(host):
     order = {"C3": 0, "C1": 1}
-    return [ControlForm(host), *sorted(cards(host, "compare"), key=lambda card: order.get(card.view.id, 2)), Log(host)]
+    pairs = sorted(cards(host, "compare", leave_out=("C6",)), key=lambda card: order.get(card.view.id, 2))
+    return [ControlForm(host), *pairs, TwinCard(host), Log(host)]
 
 
 PARTS = {

@@ -13,6 +13,7 @@ from sdl_explorer.data.sources import stream
 from sdl_explorer.diagnosis.absorption import find_absorption
 from sdl_explorer.diagnosis.alignment import align
 from sdl_explorer.diagnosis.compare import Control
+from sdl_explorer.diagnosis.compared import Compared
 from sdl_explorer.diagnosis.examples import activations_of, find_examples
 from sdl_explorer.diagnosis.groups import trace_groups
 from sdl_explorer.diagnosis.health import check_health
@@ -182,6 +183,7 @@ class Reader:
                 value, key = self._record(one)
                 values.append(value)
                 keys.append(key)
+                step = value.step if isinstance(value, Compared) else step
         note = "" if self.session.preflight is None else self.session.preflight.verdict
         return Gathered(tuple(keys), tuple(values), pending, next((e for e in errors if e), None), step, note)
 
@@ -222,6 +224,8 @@ class Reader:
             return self.plan, id(self.plan)
         if one is Control:
             return session.last_control, id(session.last_control)
+        if one is Compared:
+            return session.last_compared, id(session.last_compared)
         if getattr(one, "__name__", "") == "Ghosts" or "History" in str(one):
             return session.ghosts, version
         raise TypeError(f"Explorer: a view asks for {one!r}, which is no finding and no record; declare it in `of` as views/view.py says.")
@@ -312,6 +316,9 @@ class Reader:
         """Lines that give a card's table in a fresh cell."""
         if Control in view.of:
             return f"explorer.scoreboard(before={(self.compared() or ('', ''))[0]!r}, controls=5)"
+        if Compared in view.of:
+            last = self.session.last_compared
+            return f"explorer.compare_with({repr(self.session.commits[0].id) if last is None else last.python})"
         findings = [one.__name__ for one in view.of if hasattr(one, "accumulator") and self.knows(one)]
         chosen = [(one, getattr(self.look(), one.field)) for one in view.of if isinstance(one, Chosen) and self.knows(one.finding)]
         lines = [f"explorer.session.revert({self.session.head.id!r})"]

@@ -106,6 +106,16 @@ _SPARES = (  # of a latent by whether the dictionary needs it; the first that ap
 )
 SPARES: dict[str, Token] = {t.name: t for t in _SPARES}
 
+_TWINS = (  # of a latent beside another dictionary's
+    Token("shared", "Shared", "one there is the same, one to one", "#0072B2", "#56B4E9", "●", "circle"),
+    Token("split", "Split there", "several there stand for it", "#663300", "#E69F00", "■", "square"),
+    Token("part", "Merged there", "one of several that are one there", "#D55E00", "#D55E00", "▲", "triangle"),
+    Token("novel", "Novel", "nothing there reaches the threshold", "#333333", "#E6E6E6", "+", "cross"),
+    Token("silent", "Silent", "it did not fire on these rows", "#6E6E6E", "#707070", "✕", "x"),
+    Token("only there", "Novel there", "nothing here reaches the threshold", "#4F008C", "#9641D9", "▽", "inverted_triangle", hollow=True),
+)
+TWINS: dict[str, Token] = {t.name: t for t in _TWINS}
+
 
 @dataclass(frozen=True)
 class Mark:

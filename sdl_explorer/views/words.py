@@ -22,6 +22,7 @@ NO_FAMILIES = (
 NO_CANDIDATES = "No candidate at these thresholds."
 NO_ABSORBERS = "No latent writes more of a parent when one of its children is active: no absorber to look at."
 NO_PROBLEM = "No problem found at this step."
+NOT_COMPARED = "Nothing is compared yet. Choose another dictionary, then press Compare latents."
 NO_PAIRS = "Select 2 to 40 latents."
 PIXELS = "Each pixel counts latents."
 
