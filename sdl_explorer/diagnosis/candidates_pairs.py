@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sdl_explorer.diagnosis.cosines import CELLS, unit
 from sdl_explorer.diagnosis.observe import Accumulator, Rows, Stream
-from sdl_explorer.diagnosis.sparse import Csr, like, row_of
+from sdl_explorer.diagnosis.sparse import Csr, like, only, row_of
 
 MOST_CODES = 2**23  # codes that are kept; rows beyond are not read
 MOST_EVENTS, EVENTS = 2**28, 2**20  # pairs of codes on one row, that are counted at most, and in a block
@@ -19,6 +19,7 @@ CACHED = 2**18  # numbers of gathered rows that stay near the processor
 MOST = 1000  # pairs that pass the test, best first, whose rows are looked at; and contained pairs that are kept
 CONTAINED = 0.95  # P(k | j) from which j fires inside k
 LOOSE = 0.5  # P(j | k) up to which k fires on its own as well
+LOOKED = 8  # rows beyond what decides whether a pair can be contained, so that fewer others look as if
 LIFT = 2.0  # P(k | j) / P(k) from which that says something: a latent that always fires contains all others
 TWIN = 0.9  # cosine from which two rows are one feature's: duplicates, not parent and child
 
@@ -167,22 +168,31 @@ def sums_of(codes: Csr, near: Near) -> Together:
     return Together(*sums)
 
 
-def together(codes: Csr) -> tuple[int, Iterator[tuple[np.ndarray, Csr]]]:
-    """On how many rows all latents are counted together, and (latents, counts (b, n_latents)), a block of latents at a time.
-
-    As many rows as give MOST_EVENTS pairs of codes, from the first on.
-    """
+def together(codes: Csr) -> Csr:
+    """Which latents fire on which rows, (n_latents, n) ones: of as many rows as give MOST_EVENTS pairs of codes, from the first on."""
     per_row = np.bincount(codes.indices, minlength=codes.shape[1]).astype(np.int64)
     n = int(np.searchsorted(np.cumsum(per_row**2), MOST_EVENTS, side="right"))
-    fires = codes[:, :n].astype(bool).astype(np.float32) if n < codes.shape[1] else like(codes, np.ones_like(codes.data))
-    return n, _counts(csr_array(fires), per_row[:n])
+    if n == codes.shape[1]:
+        return like(codes, np.ones_like(codes.data))
+    return csr_array(codes[:, :n].astype(bool).astype(np.float32))
 
 
-def _counts(fires: Csr, per_row: np.ndarray) -> Iterator[tuple[np.ndarray, Csr]]:
+def _possible(fires: Csr, enough: np.ndarray, least: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Pairs (inner, outer) that may be on `enough` of the inner one's rows together, a block of latents at a time.
+
+    If an outer latent may be missing on m rows, it is there on all but m of any 2 m + LOOKED: those are counted, the pairs are few then.
+    """
+    fired = np.diff(fires.indptr)
+    missing = fired - enough
+    looked = np.where(fired >= least, np.minimum(fired, 2 * missing + LOOKED), 0)
+    some = only(fires, np.arange(fires.nnz) - np.repeat(fires.indptr[:-1], fired) < np.repeat(looked, fired))
     by_row = csr_array(fires.T)
-    block = ((fires @ per_row).cumsum() - 1) // EVENTS
-    for latents in np.split(np.arange(fires.shape[0]), np.flatnonzero(np.diff(block)) + 1):
-        yield latents, csr_array(fires[latents] @ by_row)
+    block = ((some @ np.diff(by_row.indptr)).cumsum() - 1) // EVENTS
+    for latents in np.split(np.arange(len(fired)), np.flatnonzero(np.diff(block)) + 1):
+        both = csr_array(some[latents] @ by_row)
+        inner, outer = latents[row_of(both)], both.indices
+        kept = (both.data >= (looked - missing)[inner]) & (enough[inner] <= LOOSE * fired[outer])
+        yield inner[kept], outer[kept]
 
 
 class Contained(NamedTuple):
@@ -209,19 +219,19 @@ class Containment:
     """Pairs (inner, outer) with P(outer | inner) >= 0.95, P(inner | outer) <= 0.5, and at least twice P(outer)."""
 
     def __init__(self, codes: Csr, least: int, pulse: Callable[[], None]):
-        self.n_samples, blocks = together(codes)
-        self.fired = np.bincount(row_of(codes)[codes.indices < self.n_samples], minlength=codes.shape[0])
-        self.least, self.n, self.kept = least, 0, np.empty((0, 3), dtype=np.int64)
-        for latents, both in blocks:
+        fires = together(codes)
+        self.n_samples, self.fired = fires.shape[1], np.diff(fires.indptr).astype(np.int64)
+        self.n, self.kept = 0, np.empty((0, 3), dtype=np.int64)
+        enough = np.ceil(CONTAINED * self.fired).astype(np.int64)  # counts are whole numbers
+        for inner, outer in _possible(fires, enough, least):
             pulse()
-            self._add(latents, both)
+            blocks = np.cumsum(self.fired[inner] + self.fired[outer]) // EVENTS
+            for some in np.split(np.arange(len(inner)), np.flatnonzero(np.diff(blocks)) + 1):
+                n_both = fires[inner[some]].multiply(fires[outer[some]]).sum(axis=1).astype(np.int64)
+                self._add(inner[some], outer[some], n_both, enough[inner[some]])
 
-    def _add(self, latents: np.ndarray, both: Csr) -> None:
-        least = np.ceil(CONTAINED * self.fired).astype(both.dtype)  # counts are whole numbers
-        at = np.flatnonzero(both.data >= np.repeat(least[latents], np.diff(both.indptr)))
-        inner, outer = latents[np.searchsorted(both.indptr, at, side="right") - 1], both.indices[at]
-        n_both = both.data[at].astype(np.int64)
-        inside = (n_both <= LOOSE * self.fired[outer]) & (self.fired[inner] >= self.least)
+    def _add(self, inner: np.ndarray, outer: np.ndarray, n_both: np.ndarray, enough: np.ndarray) -> None:
+        inside = (n_both >= enough) & (n_both <= LOOSE * self.fired[outer])
         inside &= LIFT * self.fired[inner] * self.fired[outer] <= n_both * self.n_samples
         found = np.stack([inner, outer, n_both], axis=1)[inside]
         self.n += len(found)

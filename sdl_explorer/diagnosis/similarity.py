@@ -13,7 +13,7 @@ from sdl_explorer.diagnosis.observe import Rows
 from sdl_explorer.diagnosis.sparse import Csr
 from sdl_explorer.models.dictionary import SparseDictionary
 
-MOST_ENTRIES = 2**24  # codes of a dictionary that are kept to be correlated: 0.7 GB at most while they are made ready
+MOST_ENTRIES = 2**23  # codes of a dictionary that are kept to be correlated: with all that is made of them 0.7 GB at most
 DENSE = 2_000  # a product of dense codes takes that much less for a pair of codes than one of sparse codes
 CHANCE = 1_024  # latents whose best similarity on other rows is looked at
 

@@ -181,7 +181,7 @@ def find_twins(
 
     Thresholds are conventions (0.7: Paulo and Belrose 2025, arXiv 2501.16615): compare with `chance`, and with two seeds of one setting.
     One latent that became more than four is called novel. Rows are encoded once by each dictionary, in blocks; codes that fire are kept
-    where they are correlated, rows beyond 2**24 codes are not read, and similarities are never all there at once. `twins.here` and
+    where they are correlated, rows beyond 2**23 codes are not read, and similarities are never all there at once. `twins.here` and
     `twins.there` are the two sides.
 
     Raises ValueError for widths that do not fit, other numbers of rows, settings out of range, and for what `observe` refuses.
