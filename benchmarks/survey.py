@@ -2,14 +2,18 @@
 
     python benchmarks/survey.py                       this machine's device, a minute or two
     python benchmarks/survey.py --quick               n_latents 2048 on 10,000 rows
+    python benchmarks/survey.py --methods half --rows 10000      ReLU without a bias, of which half of the latents fire on a row
+    python benchmarks/survey.py --methods TopK --twins           two seeds as well, compared by the correlation of their codes
 
 n_features = 1,000, d = 256, k = 32, 100,000 rows; n_latents = 16,384, and 131,072 on CUDA as well. The dictionary is as built, and its
-threshold or bias is set so that 32 latents fire on a row. The floor is the encoder's product alone, x W_enc^T + b_enc in float32.
+threshold or bias is set so that 32 latents fire on a row; "half" is ReLU without one. The floor is the encoder's product alone,
+x W_enc^T + b_enc in float32.
 CPU time is that of all threads of the survey: what a loaded machine leaves of the figure. Memory is the peak of the pass beyond
 the model and the rows, which both exist before it.
 """
 
 import argparse
+import ctypes
 import gc
 import json
 import os
@@ -28,20 +32,21 @@ from sdl_explorer.data.bench import LinearBench
 from sdl_explorer.data.sources import stream
 from sdl_explorer.diagnosis.cached import CachedFindings
 from sdl_explorer.diagnosis.observe import Kept, encoded, evaluating, observe
+from sdl_explorer.diagnosis.twins import find_twins
 from sdl_explorer.models.methods import BatchTopK, JumpReLU, ReLU, TopK
 from sdl_explorer.survey import codes_of, findings_for, take_survey
 
 HERE = Path(__file__).parent
 KNOWN = {"samples_since_fired": None, "dead_after": None, "pins": None, "anchors": None}
-METHODS = {"TopK": TopK, "BatchTopK": BatchTopK, "JumpReLU": JumpReLU, "ReLU": ReLU}
+METHODS = {"TopK": TopK, "BatchTopK": BatchTopK, "JumpReLU": JumpReLU, "ReLU": ReLU, "half": ReLU}
 K, D, N_FEATURES = 32, 256, 1000
 
 
-def built(name: str, n_latents: int, rows, device: str):
-    """A dictionary of which about K latents fire on a row."""
+def built(name: str, n_latents: int, rows, device: str, seed: int = 0):
+    """A dictionary of which about K latents fire on a row, or half of them."""
     method = METHODS[name](k=K) if "TopK" in name else METHODS[name]()
-    dictionary = method.build(D, D, n_latents, stream(0, "weights")).eval()
-    if name != "TopK":
+    dictionary = method.build(D, D, n_latents, stream(seed, "weights")).eval()
+    if name not in ("TopK", "half"):
         with torch.no_grad():
             bound = dictionary.pre(rows.inputs[:512]).flatten().topk(512 * K).values.min()
             dictionary.b_enc.sub_(bound) if name == "ReLU" else dictionary.nonlinearity.threshold.fill_(bound)
@@ -56,6 +61,8 @@ class Memory:
 
     def __enter__(self):
         gc.collect()
+        if trim := getattr(ctypes.CDLL(None) if sys.platform == "linux" else None, "malloc_trim", None):
+            trim(0)  # what earlier work has freed and the process still holds
         if self.device == "cuda":
             torch.cuda.reset_peak_memory_stats()
             self.before = torch.cuda.memory_allocated() / 1e6
@@ -97,7 +104,18 @@ def encode(dictionary, rows, kept: Kept | None = None) -> None:
             pass
 
 
-def measure(name: str, n_latents: int, rows, device: str, alone: bool) -> dict:
+def compared(name: str, n_latents: int, rows, device: str) -> dict:
+    """Two seeds, by the correlation of their codes."""
+    here, there = (built(name, n_latents, rows, device, seed) for seed in (0, 1))
+    found = {}
+    with Memory(device) as memory:
+        spent = time.process_time()
+        seconds = timed(device, lambda: found.update(twins=find_twins(here, rows.to(device), there, by="activations")))
+        spent = time.process_time() - spent
+    return {"seconds": seconds, "cpu": spent, "megabytes": memory.peak, "said": repr(found["twins"])}
+
+
+def measure(name: str, n_latents: int, rows, device: str, alone: bool, twins: bool) -> dict:
     dictionary, source = built(name, n_latents, rows, device), LinearBench(n_features=N_FEATURES, d_in=D, max_interference=0.3)
     here = rows.to(device)
     floor(dictionary, here.take(slice(0, 4096)))
@@ -121,6 +139,8 @@ def measure(name: str, n_latents: int, rows, device: str, alone: bool) -> dict:
         if alone:
             findings = findings_for(here, None)[0]
             row["alone"] = {f.__name__: timed(device, lambda f=f: observe(dictionary, here, [f], kept=kept)) for f in findings}
+    if twins:
+        row["twins"] = compared(name, n_latents, rows, device)
     return row
 
 
@@ -150,6 +170,10 @@ def table(rows: list[dict]) -> str:
             said = f"one finding from kept codes, of which reading and decoding take {r['decode']:.1f} s"
             text += f"\n{r['method']}, {r['n_latents']:,}: {said}\n\n"
             text += "| | s |\n|---|---:|\n" + "".join(f"| {name} | {seconds:.1f} |\n" for name, seconds in r["alone"].items())
+        if "twins" in r:
+            t = r["twins"]
+            text += f"\n`find_twins` of two seeds by activations, {r['method']}, {r['n_latents']:,} latents each, {r['rows']:,} rows: "
+            text += f"{t['seconds']:.1f} s ({t['cpu']:.1f} s of CPU), {t['megabytes']:,.0f} MB. It says: {t['said']}\n"
     return text
 
 
@@ -172,11 +196,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=[name for name in METHODS if name != "half"])
     parser.add_argument("--latents", nargs="+", type=int)
     parser.add_argument("--rows", type=int)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--alone", action="store_true", help="each finding by itself, too")
+    parser.add_argument("--twins", action="store_true", help="find_twins of two seeds, too")
     parser.add_argument("--output", type=Path, help="a folder for DEVICE.json and DEVICE.md; none: printed alone")
     args = parser.parse_args()
     device = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
@@ -189,7 +214,7 @@ def main() -> None:
     runs = []
     for n_latents in latents:
         for name in args.methods:
-            runs.append(measure(name, n_latents, rows, device, args.alone))
+            runs.append(measure(name, n_latents, rows, device, args.alone, args.twins))
             print(json.dumps(runs[-1]), flush=True)
             if args.output:
                 write(args.output / f"{device}.json", facts, runs)
