@@ -5,7 +5,7 @@ Of 80 verdicts whose advice was given random directions instead of its own, none
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -44,7 +44,7 @@ class Repair:
     """What `session.repair` tried and kept. Where it was told not to apply that, the session is as it was, and `apply(session)` does.
 
     tried    every verdict that was looked at, in order;   n_verdicts  how many there were;   n_tries   how many the level is shared by
-    step     of the session that was judged;   applied  the commits of what was kept
+    step, head    of the session that was judged, and its commit;   applied  the commits of what was kept
     """
 
     tried: tuple[Tried, ...]
@@ -55,6 +55,7 @@ class Repair:
     step: int
     stopped: bool = False
     applied: tuple[Commit, ...] = ()
+    head: str = ""
 
     def __repr__(self) -> str:
         return f"Repair({self.reading})"
@@ -65,31 +66,54 @@ class Repair:
         return tuple(one.plan for one in self.tried if one.kept and one.plan is not None)
 
     def apply(self, session) -> tuple[Commit, ...]:
-        """Apply what was kept to the session that was judged, at the step at which it was."""
+        """Apply what was kept, in turn, to the session that was judged, as it was then."""
         if self.applied:
             raise ValueError("Repair.apply: what was kept is applied already; session.revert takes it back.")
-        if session.step != self.step:
+        if not self.fits(session):
+            other = "" if session.step != self.step else f", on commit {session.head.id} in place of {self.head}"
             raise ValueError(
-                f"Repair.apply: the plans were judged at step {self.step} and the session is at step {session.step}; revert to that step, "
-                "or call session.repair again."
+                f"Repair.apply: the plans were judged at step {self.step} and the session is at step {session.step}{other}; revert to that "
+                "state, or call session.repair again."
             )
-        return tuple(session.apply(plan) for plan in self.kept)
+        applied = tuple(session.apply(plan) for plan in self.kept)
+        if session.last_repair is self:
+            session.last_repair = replace(self, applied=applied)
+        return applied
+
+    def fits(self, session) -> bool:
+        """Is the session as it was when it was judged?"""
+        return (session.step, session.head.id) == (self.step, self.head)
+
+    @property
+    def python(self) -> str:
+        """The call that tries the same again, and applies nothing."""
+        budget = self.n_tries * self.n_steps * self.runs * len(ARMS)
+        return f"session.repair({budget}, n_steps={self.n_steps}, runs={self.runs}, apply=False)"
 
     @property
     def reading(self) -> str:
         """What was tried, what passed and why the rest did not, in plain words."""
+        return " ".join(self.lines)
+
+    @property
+    def lines(self) -> tuple[str, ...]:
+        """The same, a line for each verdict."""
         if not self.n_verdicts:
-            return "Nothing to repair: explain has no verdict here."
+            return ("Nothing to repair: explain has no verdict here.",)
         judged = sum(one.control is not None for one in self.tried)
         how = (
             f"Tried {judged} of {self.n_verdicts} verdict{'' if self.n_verdicts == 1 else 's'}, each on {self.runs} pairs of "
             f"{self.n_steps} steps, against as many plain steps and against a sham ({100 * (1 - LEVEL / self.n_tries):.3g} % intervals)."
         )
-        told = " ".join(f"{'Kept' if one.kept else 'Not kept'}: {one.verdict.claim} {one.why}" for one in self.tried)
-        passed = "" if self.kept else " Nothing passed, so nothing is proposed."
-        end = " Nothing was applied yet: repair.apply(session) does it." if self.kept and not self.applied else ""
-        end = f" Applied: {', '.join(commit.kind for commit in self.applied)}." if self.applied else end
-        return f"{how} {told}{' Stopped before the rest.' if self.stopped else ''}{passed}{end}"
+        told = [f"{'Kept' if one.kept else 'Not kept'}: {one.verdict.claim} {one.why}" for one in self.tried]
+        stopped = ["Stopped before the rest."] if self.stopped else []
+        if self.applied:
+            end = f"Applied: {', '.join(commit.kind for commit in self.applied)}."
+        elif self.kept:
+            end = "Nothing was applied yet: repair.apply(session) does it."
+        else:
+            end = "Nothing passed, so nothing is proposed."
+        return (how, *told, *stopped, end)
 
     def table(self) -> pd.DataFrame:
         """A row for each verdict that was looked at."""

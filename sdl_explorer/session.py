@@ -69,6 +69,8 @@ class Session(Running):
     """
 
     last_compared: Compared | None = None
+    last_repair: Repair | None = None
+    last_trial: Trial | None = None
 
     def __init__(
         self,
@@ -305,7 +307,8 @@ class Session(Running):
         with self._job("trial") as tell:
             tell(0.0)
             arms = self._run, self._settings(), intervention, candidates, steps, seed
-            return conduct(*arms, rows, anchors, self._call, self._drain, self._stop.is_set, tell)
+            self.last_trial = conduct(*arms, rows, anchors, self._call, self._drain, self._stop.is_set, tell)
+        return self.last_trial
 
     def repair(
         self,
@@ -332,13 +335,15 @@ class Session(Running):
                 )
         rows = self._judge_rows(n).to(self.device)
         verdicts = self.find(explain, n=n) if verdicts is None else verdicts
-        anchors = self.anchors if rows.truth is None else None
+        anchors, head = self.anchors if rows.truth is None else None, self.head.id
         with self._job("repair") as tell, self.branch() as twin:
             tell(0.0)
             twin._call(lambda: twin._run.take_settings(self._settings()))
             bench = Bench(twin._run, rows, anchors, twin._call, self._drain, self._stop.is_set, tell)
-            found = try_repairs(bench, verdicts, budget, n_steps, runs)
-        return replace(found, applied=found.apply(self)) if apply and not found.stopped else found
+            self.last_repair = replace(try_repairs(bench, verdicts, budget, n_steps, runs), head=head)
+        if apply and not self.last_repair.stopped:
+            self.last_repair.apply(self)
+        return self.last_repair
 
     def find(self, finding, *, n: int = JUDGE_ROWS, progress: Callable[[float], None] | None = None, **settings):
         """One finding's result, or a list of results from one pass over `n` judge rows; cached by state and settings.

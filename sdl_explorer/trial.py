@@ -60,6 +60,7 @@ class Trial:
     before, after    per outcome, a number of every latent of the dictionary at the start and after `n_steps`
     primary          the outcome that the intervention is for
     spill            of the untouched latents; None where fewer than three are untouched, or none is near
+    step, python     where the session stood, and the call that does the same again
     """
 
     intervention: str
@@ -71,6 +72,8 @@ class Trial:
     primary: str
     spill: Spill | None
     seed: int = 0
+    step: int = 0
+    python: str = ""
     n_permutations: int = N_PERMUTATIONS
     _effects: dict = field(default_factory=dict, compare=False)
 
@@ -246,7 +249,7 @@ def conduct(
     `call` runs a command in the lane, `drain` an iterator of steps; measuring happens in the caller's thread.
     """
     plan, state = call(lambda: (planned(run, intervention, candidates), copy.deepcopy(run.state)))
-    start, arm = copy.deepcopy(state.dictionary), assigned(len(plan.latents), seed)
+    start, step, arm = copy.deepcopy(state.dictionary), state.step, assigned(len(plan.latents), seed)
     before = measured(state.dictionary, rows, anchors)
     out = [plan.latents[torch.as_tensor(arm != i, device=plan.latents.device)].tolist() for i in range(len(ARMS))]
     plan.drop(out[0]).apply(state)
@@ -256,7 +259,15 @@ def conduct(
     named = "encoder_cosine" if plan.W_dec is None and plan.W_enc is not None else "decoder_cosine"  # the side that it changes
     primary = named if named in after else "contribution"
     spill = spilled(start, plan, arm, after[primary] - before[primary], seed)
-    return Trial(plan.intervention, n_steps, plan.latents.cpu().numpy(), arm, before, after, primary, spill, seed)
+    python = f"session.trial({_call(intervention)}, {plan.latents.tolist()}, {n_steps}, seed={seed})"
+    return Trial(plan.intervention, n_steps, plan.latents.cpu().numpy(), arm, before, after, primary, spill, seed, step, python)
+
+
+def _call(intervention: Intervention) -> str:
+    """An intervention as it is made, but for its latents; directions of anchors, which are too long, by name."""
+    changed = {k: v for k, v in intervention.param.values(onlychanged=True).items() if k not in ("name", "latents")}
+    said = (f"{name}={name if isinstance(value, Anchors) else repr(value)}" for name, value in changed.items())
+    return f"{type(intervention).__name__}({', '.join(said)})"
 
 
 def spilled(dictionary: SparseDictionary, plan: Plan, arm: np.ndarray, change: np.ndarray, seed: int) -> Spill | None:

@@ -18,7 +18,7 @@ from sdl_explorer.diagnosis.absorption import find_absorption
 from sdl_explorer.diagnosis.alignment import align
 from sdl_explorer.diagnosis.candidates import suspect_absorption
 from sdl_explorer.diagnosis.causes import trace_causes
-from sdl_explorer.diagnosis.compare import Control
+from sdl_explorer.diagnosis.compare import Control, Paired
 from sdl_explorer.diagnosis.compared import Compared
 from sdl_explorer.diagnosis.drift import measure_drift
 from sdl_explorer.diagnosis.examples import find_examples
@@ -34,10 +34,14 @@ from sdl_explorer.diagnosis.recovery import score_recovery
 from sdl_explorer.diagnosis.redundancy import find_redundant
 from sdl_explorer.diagnosis.theory import check_theory
 from sdl_explorer.diagnosis.twins import find_twins
+from sdl_explorer.diagnosis.verdict import Verdict
 from sdl_explorer.models.dictionary import SparseDictionary
+from sdl_explorer.repair import Repair, Tried
 from sdl_explorer.training.commits import Commit
 from sdl_explorer.training.history import History
+from sdl_explorer.training.interventions import Resample
 from sdl_explorer.training.plan import Plan, PlanRow
+from sdl_explorer.trial import Spill, Trial
 from sdl_explorer.views import words
 from sdl_explorer.views.alignment import best_match, latents_inside, match_points, recovery_curve
 from sdl_explorer.views.anchors import anchor_bench
@@ -121,6 +125,8 @@ def found():
         Commits: some_commits(),
         Plan: some_plan(),
         Control: some_control(),
+        Repair: some_repair(),
+        Trial: some_trial(),
     }
 
 
@@ -168,6 +174,25 @@ def some_control(n=5) -> Control:
     rng = np.random.default_rng(0)
     arm = lambda dead, mse: {"dead": dead + 0.01 * rng.random(n), "mse": mse + 0.01 * rng.random(n), "l0": np.full(n, 4.0)}
     return Control("resample", 500, {"dead": 0.3, "mse": 2.0, "l0": 4.0}, arm(0.05, 1.0), arm(0.3, 1.0), arm(0.06, 1.0), primary="dead")
+
+
+def some_repair() -> Repair:
+    """One that passed, one that did not, one that could not be tried."""
+    verdict = lambda id: Verdict(id, f"Something is {id}.", ("a number",), "", Resample(), 0.5, "decoder", (1,), (2,))
+    passed, failed = (Paired(0.25, 0.1, 0.4, 5), Paired(0.2, 0.1, 0.3, 5)), (Paired(-0.1, -np.inf, np.inf, 1), Paired(0.0, -0.1, 0.1, 5))
+    tried = (
+        Tried(verdict("merged"), "Recovered: +0.250.", some_plan(), some_control(), passed, True),
+        Tried(verdict("dead"), "It is not better than 200 plain steps. Recovered: -0.100.", some_plan(), some_control(), failed),
+        Tried(verdict("copies"), "It could not be planned: latent 3 was changed by an earlier repair."),
+    )
+    return Repair(tried, 3, 2, 200, 5, 500)
+
+
+def some_trial() -> Trial:
+    rng = np.random.default_rng(0)
+    before = {"decoder_cosine": rng.random(12), "contribution": rng.random(12)}
+    after = {name: values + np.where(np.arange(12) % 3 == 0, 0.5, 0.0) for name, values in before.items()}
+    return Trial("resample", 200, np.arange(12), np.arange(12) % 3, before, after, "contribution", Spill(0.1, 0.3, 4), n_permutations=200)
 
 
 def given(one, found) -> list:

@@ -13,8 +13,10 @@ from sdl_explorer.widgets.log import Log
 from sdl_explorer.widgets.page import Page
 from sdl_explorer.widgets.preview import Held, Preview
 from sdl_explorer.widgets.problems import Problems
+from sdl_explorer.widgets.repair import RepairForm
 from sdl_explorer.widgets.theory import TheoryCards
 from sdl_explorer.widgets.tiles import Tiles
+from sdl_explorer.widgets.trial import TrialForm
 from sdl_explorer.widgets.twins import TwinCard
 
 QUESTIONS = {
@@ -50,7 +52,9 @@ def _intervene(host):
     ours = [name for name in OWN if name in kinds]
     forms = [form_of(host, kinds[name]) for name in dict.fromkeys([*ours, *kinds])]
     preview = Preview(host, Card(host, find_view("R3")))
-    return [*forms, preview, Held(host), *cards(host, "intervene", leave_out=("R3",))]
+    repair, trial = Card(host, find_view("R5")), Card(host, find_view("R6"))
+    others = cards(host, "intervene", leave_out=("R3", "R5", "R6"))
+    return [RepairForm(host), repair, *forms, preview, Held(host), *others, TrialForm(host, forms), trial]
 
 
 class FamilyCard(Card):

@@ -21,11 +21,13 @@ from sdl_explorer.diagnosis.meanings import suspect_polysemantic
 from sdl_explorer.diagnosis.patterns import trace_patterns
 from sdl_explorer.diagnosis.probes import score_absorption
 from sdl_explorer.diagnosis.recovery import score_recovery
+from sdl_explorer.repair import Repair
 from sdl_explorer.session import JUDGE_ROWS
 from sdl_explorer.state import PAGES, ExplorerState
 from sdl_explorer.training.commits import Commit
 from sdl_explorer.training.history import History
 from sdl_explorer.training.interventions import Plan
+from sdl_explorer.trial import Trial
 from sdl_explorer.views.examples import cards_html, context_rows, example_cards, examples_empty, examples_reading
 from sdl_explorer.views.look import Look
 from sdl_explorer.views.view import Before, Chosen, Commits
@@ -183,7 +185,7 @@ class Reader:
                 value, key = self._record(one)
                 values.append(value)
                 keys.append(key)
-                step = value.step if isinstance(value, Compared) else step
+                step = value.step if isinstance(value, Compared | Repair | Trial) else step
         note = "" if self.session.preflight is None else self.session.preflight.verdict
         return Gathered(tuple(keys), tuple(values), pending, next((e for e in errors if e), None), step, note)
 
@@ -222,6 +224,10 @@ class Reader:
             return self.pins(), session.head.id
         if one is Plan:
             return self.plan, id(self.plan)
+        if one is Repair:
+            return session.last_repair, id(session.last_repair)
+        if one is Trial:
+            return session.last_trial, id(session.last_trial)
         if one is Control:
             return session.last_control, id(session.last_control)
         if one is Compared:
@@ -319,6 +325,9 @@ class Reader:
         if Compared in view.of:
             last = self.session.last_compared
             return f"explorer.compare_with({repr(self.session.commits[0].id) if last is None else last.python})"
+        if Repair in view.of or Trial in view.of:
+            last = self.session.last_repair if Repair in view.of else self.session.last_trial
+            return "explorer.log" if last is None else f"explorer.{last.python}.table()"
         findings = [one.__name__ for one in view.of if hasattr(one, "accumulator") and self.knows(one)]
         chosen = [(one, getattr(self.look(), one.field)) for one in view.of if isinstance(one, Chosen) and self.knows(one.finding)]
         lines = [f"explorer.session.revert({self.session.head.id!r})"]

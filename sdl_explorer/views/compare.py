@@ -8,7 +8,8 @@ import pandas as pd
 
 from sdl_explorer.diagnosis.alignment import Alignment, align
 from sdl_explorer.diagnosis.compare import ENOUGH, Change, Control, change_per_feature
-from sdl_explorer.views.frame import TYPE, drawable, empty_table, finite, frame, limits, row_ticks, sample
+from sdl_explorer.views.frame import drawable, empty_table, finite, frame, limits, row_ticks, sample
+from sdl_explorer.views.intervals import Arm, own_scale, under, whiskers
 from sdl_explorer.views.look import Look
 from sdl_explorer.views.theme import EDGE, LINES, MUTED, TEXT
 from sdl_explorer.views.view import Before, view
@@ -16,9 +17,9 @@ from sdl_explorer.views.words import NO_COMMITS, NO_TRUTH, count, plural, too_fe
 
 MOST_ROWS = 60  # features drawn one by one; more become a histogram and the 20 best and worst
 ENDS = 20
-ARMS = (  # arm, words, colour, marker, shift within the row
-    ("untreated", "against training on alone", "decoder", "circle", 0.12),
-    ("sham", "against resetting at random (sham)", "encoder", "diamond", -0.12),
+ARMS = (
+    Arm("vs untreated", "against training on alone", "decoder", "circle", 0.12),
+    Arm("vs sham", "against resetting at random (sham)", "encoder", "diamond", -0.12),
 )
 LOST = {"light": "#B85C00", "dark": "#E69F00"}
 CHANGES = ("feature", "name", "before", "after", "change")
@@ -161,7 +162,7 @@ def scoreboard(control, look):
     """Paired differences with 95 % intervals, each row on its own scale, over the band in which control runs differ anyway."""
     rows = control_table(control)
     theme, place = look.theme, -np.arange(len(rows), dtype=float)
-    scale = _scale(rows)
+    scale = own_scale(rows, [c for c in rows.columns if c.startswith("vs ")] + ["noise"])
     band = (rows["noise"] / scale).fillna(0.0)
     layers = [
         hv.Rectangles((-band, place - 0.27, band, place + 0.27), ["x0", "y0", "x1", "y1"]).opts(
@@ -169,16 +170,13 @@ def scoreboard(control, look):
         ),
         sample("noise band of the controls", "square", MUTED[theme], 0.3),
     ]
-    for arm, word, line, marker, shift in ARMS[: 2 if control.sham else 1]:
-        centre, low, high = (rows[column] / scale for column in (f"vs {arm}", f"vs {arm} low", f"vs {arm} high"))
-        bounded = np.isfinite(low) & np.isfinite(high)
-        ends = (low[bounded], place[bounded] + shift, high[bounded], place[bounded] + shift)
-        layers.append(hv.Segments(ends, ["x0", "y0", "x1", "y1"]).opts(color=LINES[line][theme], line_width=2))
-        data = {"place": centre, "row": place + shift, "metric": rows["label"], "difference": rows[f"vs {arm}"], "verdict": rows["verdict"]}
-        points = hv.Points(data, ["place", "row"], ["metric", "difference", "verdict"], label=word)
-        tips = [("", "@metric"), ("difference", "@difference"), ("", "@verdict")]
-        layers.append(points.opts(color=LINES[line][theme], marker=marker, size=10, tools=["hover"], hover_tooltips=tips))
-    layers += [hv.VLine(0).opts(color=TEXT[theme], line_width=1), _verdicts(rows, theme)]
+    for arm in ARMS[: 2 if control.sham else 1]:
+        layers += whiskers(rows, arm, scale, look)
+    words = [f"{r['vs untreated']:+.3g}: {r.verdict}" for _, r in rows.iterrows()]
+    layers += [
+        hv.VLine(0).opts(color=TEXT[theme], line_width=1),
+        under(words, ~rows["verdict"].str.startswith(("not ", "n = ")), -1.12, look),
+    ]
     few = f"{too_few_pairs(control.n, ENOUGH)} " if control.n < ENOUGH else ""
     return frame(
         hv.Overlay(layers),
@@ -225,22 +223,3 @@ def control_table(control: Control) -> pd.DataFrame:
     rows = control.table().reset_index()
     spread = [2 * np.std(control.untreated[m], ddof=1) if control.n > 1 else np.nan for m in rows["metric"]]
     return rows.assign(noise=spread)
-
-
-def _scale(rows: pd.DataFrame) -> np.ndarray:
-    """Each row's largest finite extent, 1 where there is none."""
-    extents = rows[[c for c in rows.columns if c.startswith("vs ")] + ["noise"]].abs().replace(np.inf, np.nan).max(axis=1)
-    return extents.where(extents > 0, 1.0).to_numpy(dtype=float)
-
-
-def _verdicts(rows: pd.DataFrame, theme: str) -> hv.Labels:
-    """Under each row its difference and its verdict, in words; grey where nothing can be told."""
-    told = ~rows["verdict"].str.startswith(("not ", "n = "))
-    text = [f"{r['vs untreated']:+.3g}: {r.verdict}" for _, r in rows.iterrows()]
-    data = {
-        "x": np.full(len(rows), -1.12),
-        "y": -np.arange(len(rows), dtype=float) - 0.47,
-        "text": text,
-        "colour": np.where(told, TEXT[theme], MUTED[theme]),
-    }
-    return hv.Labels(data, ["x", "y"], ["text", "colour"]).opts(text_color="colour", text_align="left", **TYPE)
