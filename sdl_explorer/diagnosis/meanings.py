@@ -19,6 +19,7 @@ from sdl_explorer.models.dictionary import SparseDictionary
 
 FEWEST = 10  # firing rows below which a latent is not judged
 CELLS = 2**21  # numbers of the rows that are looked at together
+COSINES = 2**23  # with decoder rows, at a time
 
 
 @dataclass(frozen=True, repr=False)
@@ -183,9 +184,10 @@ class _Suspect(Accumulator):
 def _nearest(means: Tensor, writes: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
     """Which row writes most nearly the mean shift, but for the latent's own, and its cosine; -1 and 0 where there is no other. (m, 2) each:
     both kinds of a latent follow each other."""
-    found = []
-    for mean, mine in zip(*(side.split(max(1, CELLS // len(writes))) for side in (means, own)), strict=True):
-        found.append((mean @ writes.T).scatter_(1, mine[:, None], -torch.inf).max(dim=1))
+    found, size = [], max(1, COSINES // len(writes))
+    room = means.new_empty(min(size, len(means)), len(writes))
+    for mean, mine in zip(means.split(size), own.split(size), strict=True):
+        found.append(torch.mm(mean, writes.T, out=room[: len(mean)]).scatter_(1, mine[:, None], -torch.inf).max(dim=1))
     cosine, place = (torch.cat(side).view(-1, 2) for side in zip(*found, strict=True))
     there = cosine > -torch.inf
     return torch.where(there, place, -1), torch.where(there, cosine, 0)

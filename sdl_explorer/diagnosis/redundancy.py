@@ -118,7 +118,7 @@ class _Ledger(Accumulator):
             raise ValueError(f"find_redundant: weak_share is {weak_share}; it is a share of the mean loss, at least 0.")
         self.cosine, self.dense_rate, self.weak_share = cosine, dense_rate, weak_share
         self.spikes = judge_of(stream)
-        self.checkup = check_health.accumulator(stream, samples_since_fired=samples_since_fired, dead_after=dead_after)
+        self.checkup = stream.ask(check_health, {"samples_since_fired": samples_since_fired, "dead_after": dead_after})
         self.counted, self.margins = samples_since_fired is not None, stream.share(Margins)
         dictionary = stream.dictionary
         self.writes = dictionary.W_dec.detach().float() / dictionary.target_scale  # w_i, in units of the targets
@@ -128,7 +128,6 @@ class _Ledger(Accumulator):
         self.n_firings = self.n_overlap = 0
 
     def add(self, rows: Rows) -> None:
-        self.checkup.add(rows)
         latent, row, value = rows.entries
         shift = rows.targets - self.stream.target_mean
         self.variance += float(shift.square().sum(dtype=torch.float64))
