@@ -53,6 +53,7 @@ _HOMES = {
     "sdl_explorer.diagnosis.patterns": ("trace_patterns",),
     "sdl_explorer.diagnosis.probes": ("score_absorption",),
     "sdl_explorer.diagnosis.realisable": ("realise",),
+    "sdl_explorer.diagnosis.realisable_pair": ("realise_pair",),
     "sdl_explorer.diagnosis.recovery": ("score_recovery",),
     "sdl_explorer.diagnosis.redundancy": ("find_redundant",),
     "sdl_explorer.diagnosis.scores": ("detector_scores",),

@@ -21,6 +21,7 @@ from sdl_explorer.diagnosis.cached import CachedFindings
 from sdl_explorer.diagnosis.compare import Control
 from sdl_explorer.diagnosis.preflight import Preflight
 from sdl_explorer.diagnosis.theory_seeds import Seeds
+from sdl_explorer.labels import LabelStore
 from sdl_explorer.models.dictionary import SparseDictionary
 from sdl_explorer.settings import Settings
 from sdl_explorer.training.commits import Commit
@@ -44,6 +45,7 @@ class Running(Settings):
         self.pulses: list[Callable[[], None]] = []
         self.last_control: Control | None = None
         self.last_seeds: Seeds | None = None
+        self.labels = LabelStore()
         self.folder: Path | None = None
         self._lock: RunLock | None = None
         self._temporary: weakref.finalize | None = None

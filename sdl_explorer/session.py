@@ -30,6 +30,7 @@ from sdl_explorer.diagnosis.preflight import Preflight, preflight
 from sdl_explorer.diagnosis.theory_seeds import Seeds, seed_steps
 from sdl_explorer.diagnosis.twins import find_twins
 from sdl_explorer.diagnosis.verdict import Verdict
+from sdl_explorer.labels import Label, LabelStore
 from sdl_explorer.models.dictionary import SparseDictionary
 from sdl_explorer.models.methods import Method, TopK
 from sdl_explorer.models.rewrites import scaled
@@ -41,7 +42,7 @@ from sdl_explorer.survey import Survey, codes_of, take_survey
 from sdl_explorer.training.commits import Commit, CommitStore
 from sdl_explorer.training.folder import RunLock, read_json, restore_source, settings_of, write_json
 from sdl_explorer.training.history import Recorder
-from sdl_explorer.training.interventions import Anchor, Intervention, Release, Resample
+from sdl_explorer.training.interventions import Anchor, Intervention, Release, Resample, named_latents
 from sdl_explorer.training.optim import ramped, ramps_of
 from sdl_explorer.training.plan import Plan
 from sdl_explorer.training.prune import Prune
@@ -53,6 +54,7 @@ from sdl_explorer.training.unabsorb import Unabsorb
 from sdl_explorer.trial import Trial, conduct
 
 JUDGE_ROWS = 10_000
+LABELS = "labels.jsonl"
 MOMENT_STEPS = 100
 
 
@@ -245,6 +247,7 @@ class Session(Running):
         twin = Session._around(self.source, settings, self.preflight, **constant)
         twin._run = twin._run_in_memory(state, settings)
         twin._run.recorder = recorder
+        twin.labels = self.labels.copy()
         twin._call(lambda: twin._run.commit("start", f"branch at step {state.step} of {self.head.id}"))
         return twin
 
@@ -400,6 +403,17 @@ class Session(Running):
         self.last_compared = Compared(name, step, twins, python if by == "auto" else f"{python}, by={by!r}")
         return self.last_compared
 
+    def label(self, about, says: str, note: str = "") -> Label:
+        """Say something of a latent, or of a pair (parent, child): "confirmed", "rejected", any word; "" takes it back.
+
+        `labels` has what is in force. They are kept beside the commits, and a branch or a saved copy has them too.
+        """
+        self._require_writer("label")
+        ids = tuple(named_latents("label(about=)", about, self.n_latents).tolist())
+        label = self.labels.add(Label(ids, says, note, self.step, self.head.id))
+        self._note({})
+        return label
+
     def save(self, folder) -> Path:
         """Bind the session to a run folder; commits first if the step moved."""
         self._require_writer("save")
@@ -415,6 +429,7 @@ class Session(Running):
         constant = {k: record[k] for k in (*CONSTANT, "anchors")}
         session = cls._around(source, settings, record["preflight"], device=device_of(device), **constant)
         session.last_control = read_control(folder)
+        session.labels = LabelStore(folder / LABELS)
         session.folder = folder
         session._lock = RunLock(folder, take_over)
         try:
@@ -476,6 +491,7 @@ class Session(Running):
             run.store.copy_to(folder / "commits")
             write_json(folder / "history.json", {"points": run.recorder.points}, indent=None)
             write_json(folder / "head.json", {"commit": self.head.id})
+            self.labels.save(folder / LABELS)
             if self.last_control is not None:
                 write_control(folder, self.last_control)
             constant = {k: getattr(self, k) for k in CONSTANT}

@@ -217,14 +217,14 @@ def suspected():
 
 def test_the_forest_of_candidates_says_candidate_everywhere(suspected):
     look = Look()
-    marks = drawn(candidate_forest(suspected, look))[0]
-    assert marks["latent"].tolist() == candidate_forest.ids(suspected, look).tolist()
+    marks = drawn(candidate_forest(suspected, (), look))[0]
+    assert marks["latent"].tolist() == candidate_forest.ids(suspected, (), look).tolist()
     assert marks["latent"].tolist()[0] == 0 and set(marks["latent"].tolist()[1:3]) == {1, 3}
-    dashed = [p for p in candidate_forest(suspected, look).traverse(lambda e: e, [hv.Path]) if len(p)]
+    dashed = [p for p in candidate_forest(suspected, (), look).traverse(lambda e: e, [hv.Path]) if len(p)]
     assert hv.Store.lookup_options("bokeh", dashed[0], "style").kwargs["line_dash"] == "dashed"
-    table = candidate_forest.table(suspected, look)
+    table = candidate_forest.table(suspected, (), look)
     assert table["kind"].tolist()[:2] == ["candidate"] * 2 and table["attenuation"].tolist()[:2] == pytest.approx([0, 0], abs=1e-5)
-    said = candidate_forest.reading(suspected, look)
+    said = candidate_forest.reading(suspected, (), look)
     assert said.startswith("2 candidates. 6 pairs of near latents examined on 400 rows.") and "may have taken latent 0's place" in said
     assert "absorbed" not in said
 
@@ -232,16 +232,16 @@ def test_the_forest_of_candidates_says_candidate_everywhere(suspected):
 def test_the_pair_follows_the_selected_latent_and_shows_three_numbers(suspected):
     for child in (1, 3):
         look = Look(primary_latent=child)
-        said = candidate_pair.reading(suspected, look)
+        said = candidate_pair.reading(suspected, (), look)
         assert f"latent {child} may have taken latent 0's place" in said and said.startswith("Candidate:")
         assert "keeps 0.00 of its usual 1, and both write 1.00 of it (cosine 0.71)" in said
         assert f"Latent 0 fires on 0% of latent {child}'s 100 rows" in said
-        child_rows = labelled(candidate_pair(suspected, look), "the child fires")
+        child_rows = labelled(candidate_pair(suspected, (), look), "the child fires")
         assert child_rows["child"] == pytest.approx(np.full(100, 2**0.5)) and child_rows["parent"] == pytest.approx(np.zeros(100))
-        table = candidate_pair.table(suspected, look)
+        table = candidate_pair.table(suspected, (), look)
         assert (table["rows of"] == "the child").sum() == 100 and len(table) == 300
     assert f"Candidate: latent {suspected.candidates[0].child} instead of latent 0" in str(
-        title_of(candidate_pair(suspected, Look(primary_latent=2)))
+        title_of(candidate_pair(suspected, (), Look(primary_latent=2)))
     )
 
 
@@ -250,9 +250,9 @@ def test_the_containment_layer_is_grey_and_no_candidate(suspected):
     half = replace(rows, inputs=rows.inputs * (torch.arange(N) % 8 < 4)[:, None], truth=None)
     found = replace(suspect_absorption(absorbing(rows, (3,)), replace(half, targets=half.inputs)), coherence=0.05)
     assert {(p.inner, p.outer) for p in found.contained} == {(1, 0), (2, 0)}
-    kinds = candidate_forest.table(found, Look()).set_index("latent")["kind"]
+    kinds = candidate_forest.table(found, (), Look()).set_index("latent")["kind"]
     assert kinds[1] == kinds[2] == "fires inside it" and kinds[3] == "candidate"
-    title = title_of(candidate_forest(found, Look()))
+    title = title_of(candidate_forest(found, (), Look()))
     assert title == "1 candidate, 2 latents inside another"
 
 
@@ -260,23 +260,23 @@ def test_without_a_candidate_and_where_latents_crowd_it_says_so(suspected):
     rows = family()
     clean = suspect_absorption(absorbing(rows, ()), rows)
     for card in (candidate_forest, candidate_pair):
-        assert card.empty(clean, Look()).startswith(words.NO_CANDIDATES)
-        assert card.empty(None, Look()) == words.NOT_COMPUTED
-        assert len(card.table(clean, Look())) == 0 and card.reading(clean, Look()) == card.empty(clean, Look())
+        assert card.empty(clean, (), Look()).startswith(words.NO_CANDIDATES)
+        assert card.empty(None, (), Look()) == words.NOT_COMPUTED
+        assert len(card.table(clean, (), Look())) == 0 and card.reading(clean, (), Look()) == card.empty(clean, (), Look())
     crowded = replace(suspected, crosstalk=0.4, coherence=0.3)
     for card in (candidate_forest, candidate_pair):
-        assert words.crowded(0.4, 0.3) in card.reading(crowded, Look())
+        assert words.crowded(0.4, 0.3) in card.reading(crowded, (), Look())
     spiked = replace(suspected, on_spikes=OnSpikes("absorbed", 3, 4, 1, 4, 12))
-    assert " Precision on spike-ins here: 0.75 (3 of 4, 95 %:" in candidate_forest.reading(spiked, Look())
-    assert "No claim here: latents crowd each other" in title_of(candidate_forest(crowded, Look()))
+    assert " Precision on spike-ins here: 0.75 (3 of 4, 95 %:" in candidate_forest.reading(spiked, (), Look())
+    assert "No claim here: latents crowd each other" in title_of(candidate_forest(crowded, (), Look()))
 
 
 @pytest.mark.parametrize("precision", [0.9, 0.4])
 def test_candidates_are_claimed_only_where_the_detector_is_confident(suspected, monkeypatch, precision):
     measured = DetectorScore("absorption", 0.0, 0.1, 100, 40, 30, precision, 0.7, 0.95, 0.1)
     monkeypatch.setattr(scores, "_table", lambda: {"absorption": (measured,)})
-    said = [card.reading(suspected, Look(primary_latent=1)) for card in (candidate_forest, candidate_pair)]
-    titles = [title_of(card(suspected, Look())) for card in (candidate_forest, candidate_pair)]
+    said = [card.reading(suspected, (), Look(primary_latent=1)) for card in (candidate_forest, candidate_pair)]
+    titles = [title_of(card(suspected, (), Look())) for card in (candidate_forest, candidate_pair)]
     for text in said:
         assert f'Detector "absorption": precision {precision:.2f}, recall 0.70 on benches' in text
         assert text.startswith("No claim") is ("may have taken" not in text) is (precision < 0.5)
@@ -287,9 +287,9 @@ def test_many_candidates_are_drawn_in_part_and_the_table_has_all():
     rows = family(40)
     found = suspect_absorption(absorbing(rows, range(1, 41)), rows, least=5)
     assert len(found.candidates) == 40
-    title = title_of(candidate_forest(found, Look()))
+    title = title_of(candidate_forest(found, (), Look()))
     assert "40 candidates" in title and "20 and 0 drawn" in title
-    assert len(candidate_forest.table(found, Look())) == 40
+    assert len(candidate_forest.table(found, (), Look())) == 40
 
 
 # colours -------------------------------------------------------------------------------------------------------------
@@ -413,5 +413,5 @@ def test_flat_data_and_data_without_truth_have_the_candidates():
             assert (found is session.find(suspect_absorption) and explorer.desk.value(find_absorption) is None) or source is flat
             for card in frame.shown.cards[2:4]:
                 view, look = card.view, explorer.look()
-                assert (card.reading.text or card.words.text) == (view.empty(found, look) or view.reading(found, look))
+                assert (card.reading.text or card.words.text) == (view.empty(found, (), look) or view.reading(found, (), look))
             explorer.close()

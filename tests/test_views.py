@@ -35,6 +35,7 @@ from sdl_explorer.diagnosis.redundancy import find_redundant
 from sdl_explorer.diagnosis.theory import check_theory
 from sdl_explorer.diagnosis.twins import find_twins
 from sdl_explorer.diagnosis.verdict import Verdict
+from sdl_explorer.labels import Label, Labels
 from sdl_explorer.models.dictionary import SparseDictionary
 from sdl_explorer.repair import Repair, Tried
 from sdl_explorer.training.commits import Commit
@@ -114,6 +115,7 @@ def found():
         explain: explain(dictionary, rows, dead_after=100),
         find_absorption: find_absorption(absorbing, family),
         suspect_absorption: suspect_absorption(absorbing, family, least=5),
+        Labels: (Label((0, 1), "confirmed", step=300),),
         score_absorption: score_absorption(absorbing, family, of="truth"),
         align: alignment,
         Before(align): align(worse, rows, pins=pins),

@@ -11,6 +11,7 @@ from sdl_explorer.widgets.examples import ExampleCards
 from sdl_explorer.widgets.intervene import OWN, form_of
 from sdl_explorer.widgets.log import Log
 from sdl_explorer.widgets.page import Page
+from sdl_explorer.widgets.pair import PairForm
 from sdl_explorer.widgets.preview import Held, Preview
 from sdl_explorer.widgets.problems import Problems
 from sdl_explorer.widgets.repair import RepairForm
@@ -68,7 +69,7 @@ class FamilyCard(Card):
 
 def _absorption(host):
     of_truth = [FamilyCard(host, find_view(id)) for id in ("H1", "H2", "H3", "H4")]
-    suspected = cards(host, "absorption", leave_out=[card.view.id for card in of_truth])
+    suspected = [*cards(host, "absorption", leave_out=[card.view.id for card in of_truth]), PairForm(host)]
     labelled = [LabelCard(host, find_view("H7")), ChildrenCard(host)]
     if host.has_families:
         return [*of_truth, Absorbed(host), *suspected, *labelled]

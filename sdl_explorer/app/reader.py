@@ -21,6 +21,7 @@ from sdl_explorer.diagnosis.meanings import suspect_polysemantic
 from sdl_explorer.diagnosis.patterns import trace_patterns
 from sdl_explorer.diagnosis.probes import score_absorption
 from sdl_explorer.diagnosis.recovery import score_recovery
+from sdl_explorer.labels import Labels
 from sdl_explorer.repair import Repair
 from sdl_explorer.session import JUDGE_ROWS
 from sdl_explorer.state import PAGES, ExplorerState
@@ -230,6 +231,9 @@ class Reader:
             return session.last_trial, id(session.last_trial)
         if one is Control:
             return session.last_control, id(session.last_control)
+        if one is Labels:
+            labels = tuple(session.labels.values())
+            return labels, labels
         if one is Compared:
             return session.last_compared, id(session.last_compared)
         if getattr(one, "__name__", "") == "Ghosts" or "History" in str(one):

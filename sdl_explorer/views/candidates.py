@@ -6,6 +6,7 @@ import pandas as pd
 
 from sdl_explorer.diagnosis.candidates import Candidate, Suspects, suspect_absorption
 from sdl_explorer.diagnosis.candidates_pairs import Contained
+from sdl_explorer.labels import Labels
 from sdl_explorer.views.absorption import unfaded
 from sdl_explorer.views.frame import TYPE, empty_table, frame, limits, sample
 from sdl_explorer.views.look import Look
@@ -20,6 +21,7 @@ COLUMNS = (
     "latent",
     "parent",
     "kind",
+    "label",
     "score",
     "cosine",
     "attenuation",
@@ -40,16 +42,17 @@ POINTS = ("rows of", "child", "parent")
 # H5 ------------------------------------------------------------------------------------------------------------------
 
 
-@view("Which latents may have taken another one's place?", id="H5", of=(suspect_absorption,), page="absorption", cost="job")
-def candidate_forest(found, look):
+@view("Which latents may have taken another one's place?", id="H5", of=(suspect_absorption, Labels), page="absorption", cost="job")
+def candidate_forest(found, labels, look):
     """Candidates, without truth: a dashed line joins a parent's latent to one that may have absorbed it, best score first. Where the
     child fires, the parent is silent or weak, and what the child writes along the parent makes up for it. {parent, child} and the
-    exclusive pair {parent, parent + child} give the same data, so that this is never more than a candidate. Grey: latents that fire only
+    exclusive pair {parent, parent + child} give the same data, so that this is never more than a candidate; what a person said of it
+    stands behind. Grey: latents that fire only
     inside another one's rows; absorption breaks exactly these, so they are no candidates.
 
     Row k of the first `Points` is latent `candidate_forest.ids(found, look)[k]`.
     """
-    theme, rows = look.theme, _rows(found)
+    theme, rows = look.theme, _rows(found, _said(labels))
     nodes = pd.DataFrame(
         {
             "x": [INDENT * row.depth for row in rows],
@@ -95,44 +98,46 @@ def candidate_forest(found, look):
 
 
 @candidate_forest.reading
-def _(found, look):
-    why = candidate_forest.empty(found, look)
+def _(found, labels, look):
+    why = candidate_forest.empty(found, labels, look)
     if why is not None:
         return why
     warned = _warned(found)
     if not found.candidates:
         return f"{NO_CANDIDATES} {_examined(found)}{warned}"
+    warned += _judged(found, labels)
     if not found.confident:
         return f"No claim. {_counted(found)}{warned}"
     return f"{_counted(found)} Best: {_told(found.candidates[0])}.{warned}"
 
 
 @candidate_forest.table
-def _(found, look):
+def _(found, labels, look):
     if found is None:
         return empty_table(*COLUMNS)
-    rows = [_line(edge) for edge in found.candidates]
-    rows += [_contained_line(edge) for edge in found.contained]
+    said = _said(labels)
+    rows = [_line(edge, said) for edge in found.candidates]
+    rows += [_contained_line(edge, said) for edge in found.contained]
     return pd.DataFrame(rows, columns=COLUMNS)
 
 
 @candidate_forest.empty
-def _(found, look):
+def _(found, labels, look):
     if found is None:
         return NOT_COMPUTED
     return None if found.candidates or found.contained else f"{NO_CANDIDATES} {_examined(found)}"
 
 
 @candidate_forest.ids
-def _(found, look):
-    return np.array([row.latent for row in _rows(found)])
+def _(found, labels, look):
+    return np.array([row.latent for row in _rows(found, {})])
 
 
 # H6 ------------------------------------------------------------------------------------------------------------------
 
 
-@view("What does such a pair do on the same rows?", id="H6", of=(suspect_absorption,), page="absorption", cost="select")
-def candidate_pair(found, look):
+@view("What does such a pair do on the same rows?", id="H6", of=(suspect_absorption, Labels), page="absorption", cost="select")
+def candidate_pair(found, labels, look):
     """The codes of one candidate pair: rows on which the child fires (filled), and rows of the parent without it (hollow). On the dashed
     line parent and child together write as much along the parent as its latent does without the child. Filled marks along the line are
     what absorption looks like; a cloud over the whole plot is not. Shows the pair of the selected latent, or the best."""
@@ -162,12 +167,12 @@ def candidate_pair(found, look):
 
 
 @candidate_pair.reading
-def _(found, look):
-    why = candidate_pair.empty(found, look)
+def _(found, labels, look):
+    why = candidate_pair.empty(found, labels, look)
     if why is not None:
         return why
     edge = found.candidates[chosen_candidate(found, look)]
-    warned, claim = _warned(found), f"Candidate: {_told(edge)}."
+    warned, claim = _warned(found) + _label_of(edge, labels), f"Candidate: {_told(edge)}."
     if not found.confident:
         claim = f"No claim about latents {edge.child} and {edge.parent}, only what their codes are."
     return (
@@ -179,8 +184,8 @@ def _(found, look):
 
 
 @candidate_pair.table
-def _(found, look):
-    if candidate_pair.empty(found, look):
+def _(found, labels, look):
+    if candidate_pair.empty(found, labels, look):
         return empty_table(*POINTS)
     points = found.points[chosen_candidate(found, look)]
     which = np.where(points[:, 1] > 0, "the child", "the parent alone")
@@ -188,7 +193,7 @@ def _(found, look):
 
 
 @candidate_pair.empty
-def _(found, look):
+def _(found, labels, look):
     if found is None:
         return NOT_COMPUTED
     return None if found.candidates else f"{NO_CANDIDATES} {_examined(found)}"
@@ -205,7 +210,7 @@ class _Row:
         self.marker = "diamond" if depth and not grey else "circle"
 
 
-def _rows(found: Suspects) -> list[_Row]:
+def _rows(found: Suspects, said: dict) -> list[_Row]:
     """The best candidates as trees, then the containment layer."""
     forest = found.forest
     kept = [edge for edge in found.candidates if forest[edge.child] == edge.parent][:MAX_EDGES]
@@ -218,7 +223,7 @@ def _rows(found: Suspects) -> list[_Row]:
         rows.append(_Row(latent, depth, words, above))
         here = len(rows) - 1
         for edge in below.get(latent, ()):
-            walk(edge.child, depth + 1, _beside(edge), here)
+            walk(edge.child, depth + 1, _beside(edge, said), here)
 
     children = {edge.child for edge in kept}
     for parent in below:
@@ -247,10 +252,11 @@ def chosen_candidate(found: Suspects, look: Look) -> int:
     return mine[0] if mine else 0
 
 
-def _beside(edge: Candidate) -> str:
+def _beside(edge: Candidate, said: dict) -> str:
+    label = said.get((edge.parent, edge.child))
     return (
         f"candidate: takes {edge.absorbed:.0%} of latent {edge.parent}, leaves {edge.attenuation:.2f}, together {edge.completion:.2f}; "
-        f"score {edge.score:.2f}"
+        f"score {edge.score:.2f}{f'; {label}' if label else ''}"
     )
 
 
@@ -266,6 +272,18 @@ def _warned(found: Suspects) -> str:
     worth = f' Detector "absorption": {found.worth}.'
     spikes = "" if found.on_spikes is None else f" {str(found.on_spikes).capitalize()}."
     return f"{worth}{spikes}" if found.reliable else f"{worth}{spikes} {crowded(found.crosstalk, found.coherence)}"
+
+
+def _judged(found: Suspects, labels: Labels | None) -> str:
+    said = _said(labels)
+    words = [said.get((edge.parent, edge.child)) for edge in found.candidates]
+    counts = [f"{count(words.count(word))} {word}" for word in dict.fromkeys(word for word in words if word)]
+    return f" Labelled: {', '.join(counts)}." if counts else ""
+
+
+def _label_of(edge: Candidate, labels: Labels | None) -> str:
+    mine = [label for label in labels or () if label.about == (edge.parent, edge.child)]
+    return "".join(f" Labelled {label.says} at step {count(label.step)}." for label in mine)
 
 
 def _shares(pair: Contained) -> str:
@@ -293,12 +311,18 @@ def _title(found: Suspects, rows: list[_Row]) -> str:
     return said if found.confident else f"{said}\nNo claim here: {found.worth}"
 
 
-def _line(edge: Candidate) -> tuple:
+def _said(labels: Labels | None) -> dict[tuple[int, ...], str]:
+    """What a person said of each pair."""
+    return {label.about: label.says for label in labels or ()}
+
+
+def _line(edge: Candidate, said: dict) -> tuple:
     shares = (edge.given_child, edge.given_parent, edge.n_child, edge.n_parent, edge.n_both)
     return (
         edge.child,
         edge.parent,
         "candidate",
+        said.get((edge.parent, edge.child), ""),
         edge.score,
         edge.cosine,
         edge.attenuation,
@@ -311,6 +335,6 @@ def _line(edge: Candidate) -> tuple:
     )
 
 
-def _contained_line(pair: Contained) -> tuple:
+def _contained_line(pair: Contained, said: dict) -> tuple:
     shares = (pair.given_inner, pair.given_outer, pair.n_inner, pair.n_outer, pair.n_both)
-    return (pair.inner, pair.outer, "fires inside it", *[np.nan] * 5, *shares, *[np.nan] * 3)
+    return (pair.inner, pair.outer, "fires inside it", said.get((pair.outer, pair.inner), ""), *[np.nan] * 5, *shares, *[np.nan] * 3)
