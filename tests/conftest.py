@@ -30,16 +30,24 @@ CHROMIUM_FLAGS = [
 ]
 
 
-SLOW_KINDS = {"tests/browser/": "browser", "tests/oracle/": "oracle", "tests/test_notebook": "notebook"}
+SLOW_KINDS = {
+    "tests/browser/": "browser",
+    "tests/oracle/": "oracle",
+    "tests/test_notebook": "notebook",
+    "tests/test_repair.py": "slow",
+    "tests/test_trial.py": "slow",
+}
 
 
 def pytest_collection_modifyitems(items):
-    """Marks by place; quick tests first, browsers last."""
+    """Marks by place and by what is built; quick tests first, browsers last."""
     for item in items:
         place = item.path.relative_to(item.config.rootpath).as_posix()
         for prefix, marker in SLOW_KINDS.items():
             if place.startswith(prefix):
                 item.add_marker(marker)
+        if "explorer" in item.fixturenames:
+            item.add_marker("slow")
     order = [None, "slow", "notebook", "browser"]
     items.sort(key=lambda item: max((order.index(mark.name) for mark in item.iter_markers() if mark.name in order), default=0))
 
@@ -54,6 +62,34 @@ def device(request) -> str:
 def _deterministic():
     torch.use_deterministic_algorithms(True)
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def few_rows(monkeypatch):
+    """Sessions choose and judge on 500 rows."""
+    for name in ("training.run.CHOOSE_ROWS", "session.CHOOSE_ROWS", "session.JUDGE_ROWS"):
+        monkeypatch.setattr(f"sdl_explorer.{name}", 500)
+
+
+@pytest.fixture
+def session():
+    """A little trained on parents with children."""
+    from sdl_explorer import HierarchyBench, Session, TopK
+
+    source = HierarchyBench(parents=2, children=2, independent=4, d_in=12)
+    with Session(source, TopK(k=2), n_latents=24, dead_after=2_000, device="cpu") as session:
+        session.train(30)
+        yield session
+
+
+@pytest.fixture
+def explorer(session):
+    """The whole app; whoever builds it takes a second or more, so those tests are slow ones."""
+    from sdl_explorer import Explorer
+
+    explorer = Explorer(session)
+    yield explorer
+    explorer.close()
 
 
 @pytest.fixture(scope="module")

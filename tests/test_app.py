@@ -11,29 +11,6 @@ import pandas as pd
 import pytest
 import torch
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:The inplace keyword:pandas.errors.Pandas4Warning"),  # bokeh 3.9 on pandas 3.1
-    pytest.mark.filterwarnings("ignore:.*There is no current event loop:DeprecationWarning"),
-]
-
-
-@pytest.fixture
-def session():
-    from sdl_explorer import HierarchyBench, Session, TopK
-
-    with Session(HierarchyBench(parents=2, children=2, independent=4, d_in=12), TopK(k=2), n_latents=24, dead_after=2_000) as session:
-        session.train(30)
-        yield session
-
-
-@pytest.fixture
-def explorer(session):
-    from sdl_explorer import Explorer
-
-    explorer = Explorer(session)
-    yield explorer
-    explorer.close()
-
 
 def shown(explorer, page: str = "Overview"):
     """A frame that shows the page, settled."""
@@ -263,7 +240,7 @@ def test_without_truth_it_opens_on_overview_and_says_what_is_missing():
 
 
 def test_divergence_pauses_and_offers_the_last_finite_commit(explorer):
-    from sdl_explorer.session import Diverged
+    from sdl_explorer.training.run import Diverged
 
     session, frame = explorer.session, explorer.__panel__()
     assert part(frame, "Tiles")._tiles[0].number.isdigit()  # there at once: the first screen has its numbers

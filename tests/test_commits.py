@@ -20,11 +20,7 @@ from sdl_explorer.training.commits import BudgetError, CommitStore
 SOURCE = LinearBench(n_features=12, d_in=8, sparsity=0.8, max_interference=0.7)
 
 
-@pytest.fixture(autouse=True)
-def _few_rows(monkeypatch):
-    monkeypatch.setattr("sdl_explorer.training.run.CHOOSE_ROWS", 500)
-    monkeypatch.setattr("sdl_explorer.session.CHOOSE_ROWS", 500)
-    monkeypatch.setattr("sdl_explorer.session.JUDGE_ROWS", 500)
+pytestmark = pytest.mark.usefixtures("few_rows")
 
 
 @pytest.fixture

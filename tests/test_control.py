@@ -16,11 +16,7 @@ SOURCE = LinearBench(n_features=8, d_in=8, sparsity=0.7, interference="bounded",
 FEATURES = SOURCE.sample(1, torch.Generator()).truth.input_features
 
 
-@pytest.fixture(autouse=True)
-def _few_rows(monkeypatch):
-    monkeypatch.setattr("sdl_explorer.training.run.CHOOSE_ROWS", 500)
-    monkeypatch.setattr("sdl_explorer.session.CHOOSE_ROWS", 500)
-    monkeypatch.setattr("sdl_explorer.session.JUDGE_ROWS", 500)
+pytestmark = pytest.mark.usefixtures("few_rows")
 
 
 @pytest.fixture

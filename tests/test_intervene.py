@@ -7,33 +7,12 @@ import numpy as np
 import pytest
 import torch
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:The inplace keyword:pandas.errors.Pandas4Warning"),  # bokeh 3.9 on pandas 3.1
-    pytest.mark.filterwarnings("ignore:.*There is no current event loop:DeprecationWarning"),
-]
-
 
 def session_of(method=None, **settings):
     from sdl_explorer import HierarchyBench, Session, TopK
 
     source = HierarchyBench(parents=2, children=2, independent=4, d_in=12)
     return Session(source, method or TopK(k=2), **{"n_latents": 24, "dead_after": 2_000, "device": "cpu"} | settings)
-
-
-@pytest.fixture
-def session():
-    with session_of() as session:
-        session.train(30)
-        yield session
-
-
-@pytest.fixture
-def explorer(session):
-    from sdl_explorer import Explorer
-
-    explorer = Explorer(session)
-    yield explorer
-    explorer.close()
 
 
 @pytest.fixture

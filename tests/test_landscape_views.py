@@ -29,10 +29,6 @@ from tests.test_theme import BACKGROUND, MACHADO, THEMES, ciede2000, contrast, l
 TRAP = SparseDictionary(torch.tensor([[1.0, 1], [0, 0]]), torch.tensor([[0.5, 0.5], [0, 0]]), nonlinearity=TopKSelection(1)).eval()
 AXES = torch.eye(2)
 ROWS = linear_activations(torch.diag(torch.full((2,), 2**0.5)), AXES, AXES)
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:The inplace keyword:pandas.errors.Pandas4Warning"),
-    pytest.mark.filterwarnings("ignore:.*There is no current event loop:DeprecationWarning"),
-]
 
 
 @pytest.fixture(scope="module")

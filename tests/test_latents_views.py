@@ -29,10 +29,6 @@ from sdl_explorer.views.theme import PATTERNS, STATUSES
 from tests.test_theme import BACKGROUND, THEMES, contrast
 
 N, WIDTH = 240, 8
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:The inplace keyword:pandas.errors.Pandas4Warning"),
-    pytest.mark.filterwarnings("ignore:.*There is no current event loop:DeprecationWarning"),
-]
 
 
 def bench(noise: float = 0.0) -> Activations:
@@ -377,17 +373,6 @@ def test_verdicts_and_residuals_of_planted_features(rows):
 
 
 # the page ------------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def explorer():
-    from sdl_explorer import Explorer, HierarchyBench, Session, TopK
-
-    with Session(HierarchyBench(parents=2, children=2, independent=4, d_in=12), TopK(k=2), n_latents=16) as session:
-        session.train(30)
-        explorer = Explorer(session)
-        yield explorer
-        explorer.close()
 
 
 def opened(explorer):

@@ -22,8 +22,6 @@ W = SOURCE.sample(1, torch.Generator()).truth.input_features
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Preflight"),  # the cases begin broken
-    pytest.mark.filterwarnings("ignore:The inplace keyword:pandas.errors.Pandas4Warning"),  # bokeh 3.9 on pandas 3.1
-    pytest.mark.filterwarnings("ignore:.*There is no current event loop:DeprecationWarning"),
 ]
 
 

@@ -22,7 +22,6 @@ from tests.test_redundant import N, planted
 from tests.test_theme import BACKGROUND, MACHADO, THEMES, ciede2000, contrast, lab
 
 STATUS = ["duplicate"] * 4 + ["used", "dead", "used", "dense", "weak"]
-pytestmark = pytest.mark.filterwarnings("ignore:The inplace keyword:pandas.errors.Pandas4Warning")
 
 
 @pytest.fixture(autouse=True)

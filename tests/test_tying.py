@@ -231,6 +231,7 @@ def test_training_some_latents_alone_leaves_the_others_and_their_moments():
 @pytest.mark.parametrize(
     "method", [TopK(k=3, tie="tied"), BatchTopK(k=3, tie="soft"), ReLU(tie="tied")], ids=lambda m: f"{type(m).__name__} {m.tie}"
 )
+@pytest.mark.slow
 def test_a_session_goes_on_bit_for_bit(method, tmp_path):
     """Trained, resampled, anchored, reverted, branched, saved and opened, against the same commands in one go."""
     anchors = Anchors.from_rows(torch.eye(D)[:2])

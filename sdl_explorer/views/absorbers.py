@@ -7,7 +7,7 @@ import pandas as pd
 from sdl_explorer.diagnosis.absorption import Absorption, find_absorption
 from sdl_explorer.diagnosis.edges import Absorber, Edge
 from sdl_explorer.views.absorption import MAX_EDGES, chosen, edge_name, kinds_title, nothing, unfaded, worst_first
-from sdl_explorer.views.frame import TYPE, bars, empty_table, frame, limits, row_ticks
+from sdl_explorer.views.frame import TYPE, bars, frame, limits, row_ticks
 from sdl_explorer.views.theme import EDGE, EDGES, STATUSES, TEXT
 from sdl_explorer.views.view import view
 from sdl_explorer.views.words import NO_ABSORBERS
@@ -19,7 +19,7 @@ CHECKS = ("latent", "child", "parent", "kind", "with it", "without it", "no chil
 # H3 ------------------------------------------------------------------------------------------------------------------
 
 
-@view("What does the absorber write?", id="H3", of=(find_absorption,), page="absorption", cost="select")
+@view("What does the absorber write?", id="H3", of=(find_absorption,), page="absorption", cost="select", columns=WRITERS)
 def decomposition(absorption, look):
     """The decoder rows of the latents that take a parent over, as parent + child + rest with coefficients of at least 0. A part of the
     parent clearly above 0 is the signature of absorption. Shows the edge of the selected feature, or the worst one."""
@@ -53,9 +53,6 @@ def decomposition(absorption, look):
 
 @decomposition.reading
 def _(absorption, look):
-    why = decomposition.empty(absorption, look)
-    if why is not None:
-        return why
     edge = chosen(absorption, look, _taken_over(absorption))
     first, hole = edge.evidence.absorbers[0], edge.evidence.hole
     avoids = "avoids" if hole is not None and hole < 0 else "does not avoid"
@@ -68,8 +65,6 @@ def _(absorption, look):
 
 @decomposition.table
 def _(absorption, look):
-    if decomposition.empty(absorption, look):
-        return empty_table(*WRITERS)
     names = absorption.names
     return pd.DataFrame(
         [
@@ -88,7 +83,7 @@ def _(absorption, look):
 # H4 ------------------------------------------------------------------------------------------------------------------
 
 
-@view("Does the parent vanish without the absorber?", id="H4", of=(find_absorption,), page="absorption", cost="job")
+@view("Does the parent vanish without the absorber?", id="H4", of=(find_absorption,), page="absorption", cost="job", columns=CHECKS)
 def causal_check(absorption, look):
     """On rows with parent and child: how much of the parent is reconstructed by all latents (filled), and with the absorber's code set
     to zero (hollow). Dash: what is reconstructed without the child. 1 is all of the parent. Without this, absorption is a correlation.
@@ -123,9 +118,6 @@ def causal_check(absorption, look):
 
 @causal_check.reading
 def _(absorption, look):
-    why = causal_check.empty(absorption, look)
-    if why is not None:
-        return why
     edge = chosen(absorption, look, _taken_over(absorption))
     absorber = edge.evidence.absorbers[0]
     whole, left, off = _check(edge, absorber)
@@ -137,8 +129,6 @@ def _(absorption, look):
 
 @causal_check.table
 def _(absorption, look):
-    if causal_check.empty(absorption, look):
-        return empty_table(*CHECKS)
     names = absorption.names
     rows = [(a.latent, names[e.child], names[e.parent], e.kind, *_check(e, a)) for e, a in _takers(absorption)]
     return pd.DataFrame(rows, columns=CHECKS)

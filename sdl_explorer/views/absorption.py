@@ -72,9 +72,6 @@ def holes(absorption, look):
 
 @holes.reading
 def _(absorption, look):
-    why = nothing(absorption)
-    if why is not None:
-        return why
     edge = worst_first(absorption.edges)[0]
     gap = absorption.mean_gap
     mean = "" if gap is None else f" Mean gap of the {plural(len(absorption.eligible), 'edge')} that can be judged: {gap:.2f}."
@@ -133,9 +130,6 @@ def recalls(absorption, look):
 
 @recalls.reading
 def _(absorption, look):
-    why = nothing(absorption)
-    if why is not None:
-        return why
     edge = chosen(absorption, look, _judged(absorption))
     gap, contrast = edge.evidence.gap_interval, edge.evidence.contrast
     alone = "" if contrast is None or contrast.siblings else " These last shares leave rows with a sibling out."

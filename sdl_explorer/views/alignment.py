@@ -60,8 +60,6 @@ def _(alignment, health, look):
 
 @best_match.reading
 def _(alignment, health, look):
-    if alignment is None and health is None:
-        return NOT_COMPUTED
     points = match_points(alignment, health, look)
     status = ", ".join(
         f"{count(n)} {STATUSES[s].word.lower()}" for s, n in points["status"].value_counts().reindex(STATUSES).dropna().items()
@@ -263,8 +261,6 @@ def recovery_curve(alignment, before, look):
 
 @recovery_curve.reading
 def _(alignment, before, look):
-    if alignment is None:
-        return NO_TRUTH
     sides = "; ".join(_metrics(alignment, side, look) for side in SIDES)
     anchored = int(alignment.anchored_features.sum())
     held = (

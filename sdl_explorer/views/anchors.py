@@ -48,8 +48,6 @@ def anchor_bench(drift, health, look):
 
 @anchor_bench.reading
 def _(drift, health, look):
-    if drift is None or not len(drift):
-        return NO_ANCHORS
     rows = bench_table(drift, health)
     worst = rows.loc[rows["cos decoder"].fillna(-np.inf).idxmin()]
     warned = rows[rows["warning"] != ""]

@@ -7,7 +7,7 @@ import pandas as pd
 from sdl_explorer.diagnosis.causes import Causes, trace_causes
 from sdl_explorer.diagnosis.health import check_health
 from sdl_explorer.views.alignment import same_when_selected
-from sdl_explorer.views.frame import empty_table, frame, row_ticks
+from sdl_explorer.views.frame import frame, row_ticks
 from sdl_explorer.views.theme import EDGE, EDGES, LINES, TEXT
 from sdl_explorer.views.view import Chosen, view
 from sdl_explorer.views.words import NO_SELECTION, NOT_COMPUTED, count, never_fired, plural
@@ -22,6 +22,7 @@ UNKNOWN = "causes unknown"
     of=(check_health, Chosen(trace_causes, "latent", "primary_latent")),
     page="latents",
     cost="select",
+    columns=COLUMNS,
 )
 def ridges(health, causes, look):
     """Histograms of the primary latent's codes, one ridge for each feature that is behind most of a row's drive, with shared bins.
@@ -64,9 +65,6 @@ def ridges(health, causes, look):
 
 @ridges.reading
 def _(health, causes, look):
-    why = ridges.empty(health, causes, look)
-    if why is not None:
-        return why
     fired = f"Latent {causes.latent} fires on {count(len(causes.row))} of {plural(causes.n_samples, 'row')}"
     if not causes.names:
         return f"{fired}, median code {np.median(causes.value):.3g}; {UNKNOWN}: there are no true features."
@@ -80,8 +78,6 @@ def _(health, causes, look):
 
 @ridges.table
 def _(health, causes, look):
-    if ridges.empty(health, causes, look):
-        return empty_table(*COLUMNS)
     found = causes.ridges()
     place, bin_ = np.nonzero(found.counts)
     names = _names(causes, found.features)

@@ -68,9 +68,6 @@ def cofiring(health, pairs, look):
 
 @cofiring.reading
 def _(health, pairs, look):
-    why = cofiring.empty(health, pairs, look)
-    if why is not None:
-        return why
     table = _rows(pairs)
     if not table["rows with both"].any():
         return f"{_title(pairs)}. No two of them fire on the same row."

@@ -65,9 +65,6 @@ def concepts(found, health, look):
 
 @concepts.reading
 def _(found, health, look):
-    why = nothing(found)
-    if why is not None:
-        return why
     worst = _worst(found)[0]
     absorbers = ", ".join(f"{latent}" for latent, _ in worst.absorbers[:3])
     by = f", by latents {absorbers}" if absorbers else ""
@@ -87,7 +84,7 @@ def _(found, health, look):
 # H8 ------------------------------------------------------------------------------------------------------------------
 
 
-@view("Which latents took a concept's children?", id="H8", of=(score_absorption,), page="concepts", cost="job")
+@view("Which latents took a concept's children?", id="H8", of=(score_absorption,), page="concepts", cost="job", columns=CHILDREN)
 def children(found, look):
     """The concepts below one, those that lose the most first. Bar: absorption fraction of the concept above on the rows of the one below;
     circle: the share of them on which a main latent of the concept above fires. Beside it the latent that writes the concept instead on
@@ -143,9 +140,6 @@ def children(found, look):
 
 @children.reading
 def _(found, look):
-    why = children.empty(found, look)
-    if why is not None:
-        return why
     one = opened(found)
     said = f"{one.name}: its main latents {_list(one.main)} fire on {one.recall:.0%} of its rows; fraction {one.fraction:.2f}."
     first = one.below[0]
@@ -160,8 +154,6 @@ def _(found, look):
 
 @children.table
 def _(found, look):
-    if children.empty(found, look):
-        return empty_table(*CHILDREN)
     return found.children(opened(found).concept)[list(CHILDREN)]
 
 

@@ -210,8 +210,6 @@ def timeline(commits, look):
 
 @timeline.reading
 def _(commits, look):
-    if not commits:
-        return NO_LOG
     rows = _lanes(commits, look.head)
     head = rows[rows["head"]].iloc[0]
     others = int((rows["lane"].unique() < 0).sum())

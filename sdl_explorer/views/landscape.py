@@ -59,9 +59,6 @@ def region_map(health, landscape, look):
 
 @region_map.reading
 def _(health, landscape, look):
-    why = nothing(landscape)
-    if why is not None:
-        return why
     found, (first, second) = landscape.map, landscape.latents
     silent = [f"latent {i} is silent" for i, quiet in zip(landscape.latents, landscape.silent, strict=True) if quiet]
     regions = "; ".join(
@@ -118,9 +115,6 @@ def biconvex_slice(health, landscape, look):
 
 @biconvex_slice.reading
 def _(health, landscape, look):
-    why = nothing(landscape)
-    if why is not None:
-        return why
     cut = landscape.slice
     each = "convex along the encoder and along the decoder" if cut.convex_in_each else "not convex in each block"
     both = (

@@ -66,9 +66,6 @@ def kick_test(health, landscape, look):
 
 @kick_test.reading
 def _(health, landscape, look):
-    why = nothing(landscape)
-    if why is not None:
-        return why
     kicks = landscape.kicks
     each = "; ".join(f"size {arm.sigma:g}: {_told(arm)}" for arm in kicks.arms)
     return (

@@ -75,8 +75,6 @@ def _(patterns, groups, health, suspects, look):
 
 @selectivity.reading
 def _(patterns, groups, health, suspects, look):
-    if patterns is None and groups is None:
-        return NOT_COMPUTED
     points = selectivity_points(patterns, groups, health, suspects)
     counted = token_counts(points["status"], PATTERNS)
     firing = points[(points["firing_rate"] > 0) & np.isfinite(points["effective"])]
@@ -204,9 +202,6 @@ def response_profile(patterns, groups, look):
 
 @response_profile.reading
 def _(patterns, groups, look):
-    why = response_profile.empty(patterns, groups, look)
-    if why is not None:
-        return why
     bars = profile_rows(patterns, groups, look.primary_latent)
     first = bars.rows.sort_values("share", ascending=False, kind="stable").iloc[0]
     many, share = int((bars.rows["alone"] > 0).sum()), f"{first['share']:.0%}"

@@ -55,8 +55,6 @@ def plan_preview(plan, look):
 
 @plan_preview.reading
 def _(plan, look):
-    if plan is None:
-        return NO_PREVIEW
     rows = plan_table(plan)
     duplicates = int((rows["warning"] != "").sum())
     warned = f" {plural(duplicates, 'unit')} would be a duplicate (cosine ≥ {DUPLICATE})." if duplicates else ""

@@ -8,7 +8,7 @@ import pandas as pd
 
 from sdl_explorer.diagnosis.explain import explain
 from sdl_explorer.diagnosis.verdict import Verdict
-from sdl_explorer.views.frame import bars, drawable, empty_table, frame, row_ticks
+from sdl_explorer.views.frame import bars, drawable, frame, row_ticks
 from sdl_explorer.views.look import Look
 from sdl_explorer.views.theme import EDGE, EDGES, MUTED, PATTERNS, STATUSES, Token
 from sdl_explorer.views.view import view
@@ -35,7 +35,7 @@ SHOWN_ON = {"dead": "Latents", "merged": "Latents", "copies": "Latents", "absorb
 COLUMNS = ("problem", "claim", "harm", "of", "evidence", "theorem", "advice", "latents", "features")
 
 
-@view("Top problems: what is wrong, and what could help?", id="O2", of=(explain,), page="overview", cost="job")
+@view("Top problems: what is wrong, and what could help?", id="O2", of=(explain,), page="overview", cost="job", columns=COLUMNS)
 def problems(verdicts, look):
     """What explain finds wrong, at most five, the most harmful first. With the truth, harm is the share of the features that a cause
     costs; one feature may count for two causes. Without it harm is the share of the latents concerned, and a hollow shape is a
@@ -58,17 +58,12 @@ def problems(verdicts, look):
 
 @problems.reading
 def _(verdicts, look):
-    why = problems.empty(verdicts, look)
-    if why is not None:
-        return why
     said = ", ".join(f"{token_of(v).word.lower()} ({harm_of(v)})" for v in verdicts)
     return f"{plural(len(verdicts), 'problem')}, the most harmful first: {said}."
 
 
 @problems.table
 def _(verdicts, look):
-    if not verdicts:
-        return empty_table(*COLUMNS)
     rows = [
         (
             token_of(v).word,

@@ -81,8 +81,6 @@ def spares(found, look):
 
 @spares.reading
 def _(found, look):
-    if found is None:
-        return NOT_COMPUTED
     said = [f"{_counted(found, spare_points(found))}, on {plural(found.n_samples, 'row')}."]
     for members in found.clusters[:1]:
         more = f" and {count(len(members) - NAMED)} more" if len(members) > NAMED else ""

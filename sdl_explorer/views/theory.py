@@ -8,7 +8,7 @@ import pandas as pd
 
 from sdl_explorer.diagnosis.theory import check_theory
 from sdl_explorer.diagnosis.theory_cards import TheoryCard
-from sdl_explorer.views.frame import EDGE, TYPE, drawable, empty_table, finite, frame, row_ticks, sample
+from sdl_explorer.views.frame import EDGE, TYPE, drawable, finite, frame, row_ticks, sample
 from sdl_explorer.views.look import Look
 from sdl_explorer.views.theme import MUTED, TEXT, Token
 from sdl_explorer.views.view import view
@@ -26,7 +26,7 @@ COLUMNS = ("theorem", "statement", "verdict", "reason", "relation", "left", "rig
 FLOOR = 1e-12  # smaller sides are drawn there
 
 
-@view("Which theorems apply here, and what do they say?", id="T", of=(check_theory,), page="landscape", cost="job")
+@view("Which theorems apply here, and what do they say?", id="T", of=(check_theory,), page="landscape", cost="job", columns=COLUMNS)
 def theorem_sides(cards, look):
     """One row a theorem: the left side of its statement (filled) and the right side (hollow), with the slack between them, on a log
     axis. Shape, colour and the word on the right are the verdict. A statement whose assumptions fail says nothing about this model,
@@ -63,17 +63,12 @@ def theorem_sides(cards, look):
 
 @theorem_sides.reading
 def _(cards, look):
-    why = theorem_sides.empty(cards, look)
-    if why is not None:
-        return why
     said = " ".join(f"{card.id} {card.title}: {card.verdict}." for card in cards)
     return f"{_counted(cards)}. {said}"
 
 
 @theorem_sides.table
 def _(cards, look):
-    if not cards:
-        return empty_table(*COLUMNS)
     rows = [
         (
             card.id,

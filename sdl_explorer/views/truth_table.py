@@ -64,8 +64,6 @@ def feature_table(alignment, health, scored, look):
 
 @feature_table.reading
 def _(alignment, health, scored, look):
-    if alignment is None:
-        return NO_TRUTH
     rows = truth_table(alignment, health, look, scored)
     verdicts = rows["verdict"].str.replace(r" \d+$", "", regex=True)
     above = (rows[f"cos {look.side}"] > look.tau) & (verdicts != "anchored")

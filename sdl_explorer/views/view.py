@@ -3,7 +3,7 @@
     @view("Which true features did it find?", id="A2", of=(align, check_health), page="alignment")
     def best_match(alignment, health, look): ...          # -> element
 
-    @best_match.reading                                   # the sentence that reads it aloud
+    @best_match.reading                                   # the sentence that reads it aloud, where something is drawn
     def _(alignment, health, look): ...                   # -> str
 
     @best_match.table                                     # the same numbers as a table
@@ -34,7 +34,7 @@ from types import FunctionType
 from holoviews.core import Dimensioned
 
 from sdl_explorer.training.commits import Commit
-from sdl_explorer.views.frame import blank
+from sdl_explorer.views.frame import blank, empty_table
 from sdl_explorer.views.look import Look
 
 Commits = tuple[Commit, ...]  # in `of`: every commit of the run
@@ -59,27 +59,29 @@ class Chosen:
 class _Part:
     """Given one function it registers it (a decorator); given findings it answers with the registered function."""
 
-    def __init__(self, owner: "View", name: str, function: Callable | None = None):
-        self._owner, self._name, self.function = owner, name, function
+    def __init__(self, owner: "View", name: str, function: Callable | None = None, when_empty: Callable | None = None):
+        self._owner, self._name, self.function, self._when_empty = owner, name, function, when_empty
 
     def __call__(self, *given):
         if len(given) == 1 and isinstance(given[0], FunctionType):
             self.function = given[0]
             return self.function
         if self.function is None:
-            raise NotImplementedError(
-                f"view {self._owner.id}: has no {self._name}; register one with @{self._owner.__name__}.{self._name}."
-            )
-        return self.function(*self._owner.arguments(given))
+            raise AttributeError(f"view {self._owner.id}: has no {self._name}; register one with @{self._owner.__name__}.{self._name}.")
+        found = self._owner.arguments(given)
+        why = None if self._when_empty is None else self._owner.empty(*found)
+        return self.function(*found) if why is None else self._when_empty(why)
 
 
 class View:
     """A drawing function with its question and its parts; `@view` makes one."""
 
-    def __init__(self, draw: Callable, question: str, id: str, of: tuple, page: str, cost: str):
+    def __init__(self, draw: Callable, question: str, id: str, of: tuple, page: str, cost: str, columns: tuple[str, ...]):
         update_wrapper(self, draw)
         self.draw, self.question, self.id, self.of, self.page, self.cost = draw, question, id, of, page, cost
-        self.reading, self.table, self.empty, self.ids = (_Part(self, name) for name in ("reading", "table", "empty", "ids"))
+        self.reading = _Part(self, "reading", when_empty=str)
+        self.table = _Part(self, "table", when_empty=(lambda why: empty_table(*columns)) if columns else None)
+        self.empty, self.ids = _Part(self, "empty"), _Part(self, "ids")
         self.title = _Part(self, "title", lambda *found: question)
 
     def __repr__(self) -> str:
@@ -105,19 +107,22 @@ class View:
 _REGISTRY: dict[str, View] = {}
 
 
-def view(question: str, *, id: str, of: tuple, page: str, cost: str = "select") -> Callable[[Callable], View]:
+def view(
+    question: str, *, id: str, of: tuple, page: str, cost: str = "select", columns: tuple[str, ...] = ()
+) -> Callable[[Callable], View]:
     """Register a drawing function `(found..., look) -> element`.
 
     `of` names what it reads: finding functions, record types (`History`, `Plan`, `Pins`, `Control`), `Commits`,
     `Before(finding)`, or `Chosen(finding, setting, field)`. `page` is where its card stands; `cost` is "live" (at every
-    poll), "select" (when the selection changes) or "job" (in the background).
+    poll), "select" (when the selection changes) or "job" (in the background). With `columns` the table has no rows where
+    there is nothing to draw; without, the table function is asked there too.
     """
 
     def register(draw: Callable) -> View:
         other = _REGISTRY.get(id)
         if other is not None and (other.__module__, other.__qualname__) != (draw.__module__, draw.__qualname__):
             raise ValueError(f"view {id!r} exists already ({other.__module__}.{other.__qualname__}); choose another id.")
-        _REGISTRY[id] = View(draw, question, id, of, page, cost)
+        _REGISTRY[id] = View(draw, question, id, of, page, cost, columns)
         return _REGISTRY[id]
 
     return register

@@ -3,7 +3,7 @@
 import pytest
 from playwright.sync_api import expect
 
-pytestmark = [pytest.mark.timeout(300), pytest.mark.filterwarnings("ignore::pandas.errors.Pandas4Warning")]  # bokeh 3.9 on pandas 3.1
+pytestmark = pytest.mark.timeout(300)
 SLOW = 60_000
 FOCUSED = """() => {
   let node = document.activeElement

@@ -11,12 +11,7 @@ from playwright.sync_api import Page, expect
 from sdl_explorer import LinearBench, Session, TopK
 from sdl_explorer.app.serve import _free_port, _visit, serve_session
 
-pytestmark = [
-    pytest.mark.browser,
-    pytest.mark.timeout(180),
-    pytest.mark.filterwarnings("ignore:The inplace keyword in DataFrame:DeprecationWarning"),  # bokeh 3.9 on pandas 3.1
-    pytest.mark.filterwarnings("ignore::pandas.errors.Pandas4Warning"),
-]
+pytestmark = pytest.mark.timeout(180)
 SLOW = 60_000  # milliseconds; the machine may be shared
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Page, expect
 
-pytestmark = [pytest.mark.timeout(300), pytest.mark.filterwarnings("ignore::pandas.errors.Pandas4Warning")]  # bokeh 3.9 on pandas 3.1
+pytestmark = pytest.mark.timeout(300)
 SLOW = 60_000  # milliseconds; the machine may be shared
 
 
