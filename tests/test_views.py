@@ -10,6 +10,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch.nn.functional import normalize
 
 from sdl_explorer.data.activations import Activations, Examples, Truth
@@ -48,7 +50,7 @@ from sdl_explorer.views.alignment import best_match, latents_inside, match_point
 from sdl_explorer.views.anchors import anchor_bench
 from sdl_explorer.views.compare import control_table, dumbbells, scoreboard
 from sdl_explorer.views.examples import Card, cards_html, context_rows, data_uri, example_cards, examples_empty, examples_reading
-from sdl_explorer.views.frame import MAX_POINTS, configure, limits, log_limits
+from sdl_explorer.views.frame import MAX_POINTS, configure, limits, log_limits, log_ticks
 from sdl_explorer.views.history import Ghosts, health_over_time, lineage, log_lines, log_reading, timeline
 from sdl_explorer.views.look import Look
 from sdl_explorer.views.plan import plan_preview, prediction
@@ -830,6 +832,15 @@ def test_fixed_copy():
     assert words.too_few_pairs(1) == "n = 1: at least 5 seeds are needed to read this. [Run 4 more]"
     assert words.not_finite(812) == "Not a number at step 812. [Go to last finite commit]"
     assert words.never_fired(100_000) == "Never fired in 100 000 samples."
+
+
+@given(st.floats(-12, 12), st.floats(0.02, 30))
+def test_a_logarithmic_axis_has_a_few_round_ticks(low, decades):
+    within = 10**low, 10 ** (low + decades)
+    ticks = log_ticks(within)
+    assert (2 if decades < 1 else 1) <= len(ticks) <= 6
+    assert within[0] * (1 - 1e-9) <= min(ticks) and max(ticks) <= within[1] * (1 + 1e-9)
+    assert ticks == sorted(set(ticks))
 
 
 @pytest.mark.parametrize("values", [[], [np.nan], [3.0], [0.0], [-1, 2], [np.inf, 1.0], [1e-12, 1e9]])

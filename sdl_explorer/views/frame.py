@@ -138,6 +138,17 @@ def log_limits(values, margin: float = 0.05) -> Range:
     return float(10 ** (low - pad)), float(10 ** (high + pad))
 
 
+def log_ticks(within: Range) -> list[float]:
+    """A few round numbers: decades, and where a logarithmic axis covers less than one, steps between them."""
+    low, high = within
+    if high >= 10 * low:
+        first, last = int(np.ceil(np.log10(low))), int(np.floor(np.log10(high)))
+        return [float(f"1e{power}") for power in range(first, last + 1, 1 + (last - first) // 5)]
+    decade = 10 ** np.floor(np.log10(high - low))
+    step = next(size for size in (5 * decade, 2 * decade, decade, decade / 2) if np.floor(high / size) > np.ceil(low / size))
+    return [float(f"{tick:.9g}") for tick in step * np.arange(np.ceil(low / step), np.floor(high / step) + 1)]
+
+
 def finite(values) -> np.ndarray:
     """The finite ones among the values, flat."""
     flat = np.asarray(values, dtype=float).ravel()

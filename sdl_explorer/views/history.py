@@ -9,7 +9,7 @@ from holoviews.core import Dimensioned
 
 from sdl_explorer.training.commits import Commit
 from sdl_explorer.training.history import History
-from sdl_explorer.views.frame import drawable, empty_table, frame, limits, log_limits
+from sdl_explorer.views.frame import drawable, empty_table, frame, limits, log_limits, log_ticks
 from sdl_explorer.views.look import Look
 from sdl_explorer.views.theme import EDGE, LINES, MUTED, TEXT, commit_mark
 from sdl_explorer.views.view import Commits, view
@@ -151,6 +151,7 @@ def _panel(name: str, curves: list, xlim, commits: Commits, look: Look) -> Dimen
         height=175 if last else 160 if first else 135,
         legend=None,
         logy=name == "loss",
+        **({"yticks": log_ticks(ylim)} if name == "loss" else {}),
         **({} if last else {"xaxis": None}),
     )
 
