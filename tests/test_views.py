@@ -6,11 +6,11 @@ from dataclasses import fields, replace
 from html.parser import HTMLParser
 
 import holoviews as hv
+import hypothesis
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn.functional import normalize
 
@@ -834,7 +834,7 @@ def test_fixed_copy():
     assert words.never_fired(100_000) == "Never fired in 100 000 samples."
 
 
-@given(st.floats(-12, 12), st.floats(0.02, 30))
+@hypothesis.given(st.floats(-12, 12), st.floats(0.02, 30))
 def test_a_logarithmic_axis_has_a_few_round_ticks(low, decades):
     within = 10**low, 10 ** (low + decades)
     ticks = log_ticks(within)
