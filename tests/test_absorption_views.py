@@ -29,10 +29,6 @@ from tests.test_theme import BACKGROUND, MACHADO, THEMES, ciede2000, contrast, l
 N, WIDTH = 400, 60
 CARDS = (holes, recalls, decomposition, causal_check)
 every_card = pytest.mark.parametrize("card", CARDS, ids=lambda card: card.id)
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:The inplace keyword:pandas.errors.Pandas4Warning"),
-    pytest.mark.filterwarnings("ignore:.*There is no current event loop:DeprecationWarning"),
-]
 
 
 def family(n_children: int = 3, deep: bool = False) -> Activations:
@@ -309,17 +305,6 @@ def test_kinds_can_be_told_apart(theme):
 
 
 # the page ------------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def explorer():
-    from sdl_explorer import Explorer, HierarchyBench, Session, TopK
-
-    with Session(HierarchyBench(parents=2, children=2, independent=4, d_in=12), TopK(k=2), n_latents=24) as session:
-        session.train(30)
-        explorer = Explorer(session)
-        yield explorer
-        explorer.close()
 
 
 def test_the_page_is_there_where_concepts_have_parents(explorer):

@@ -99,9 +99,6 @@ def candidate_forest(found, labels, look):
 
 @candidate_forest.reading
 def _(found, labels, look):
-    why = candidate_forest.empty(found, labels, look)
-    if why is not None:
-        return why
     warned = _warned(found)
     if not found.candidates:
         return f"{NO_CANDIDATES} {_examined(found)}{warned}"
@@ -136,7 +133,9 @@ def _(found, labels, look):
 # H6 ------------------------------------------------------------------------------------------------------------------
 
 
-@view("What does such a pair do on the same rows?", id="H6", of=(suspect_absorption, Labels), page="absorption", cost="select")
+@view(
+    "What does such a pair do on the same rows?", id="H6", of=(suspect_absorption, Labels), page="absorption", cost="select", columns=POINTS
+)
 def candidate_pair(found, labels, look):
     """The codes of one candidate pair: rows on which the child fires (filled), and rows of the parent without it (hollow). On the dashed
     line parent and child together write as much along the parent as its latent does without the child. Filled marks along the line are
@@ -168,9 +167,6 @@ def candidate_pair(found, labels, look):
 
 @candidate_pair.reading
 def _(found, labels, look):
-    why = candidate_pair.empty(found, labels, look)
-    if why is not None:
-        return why
     edge = found.candidates[chosen_candidate(found, look)]
     warned, claim = _warned(found) + _label_of(edge, labels), f"Candidate: {_told(edge)}."
     if not found.confident:
@@ -185,8 +181,6 @@ def _(found, labels, look):
 
 @candidate_pair.table
 def _(found, labels, look):
-    if candidate_pair.empty(found, labels, look):
-        return empty_table(*POINTS)
     points = found.points[chosen_candidate(found, look)]
     which = np.where(points[:, 1] > 0, "the child", "the parent alone")
     return pd.DataFrame({"rows of": which, "child": points[:, 1], "parent": points[:, 0]})

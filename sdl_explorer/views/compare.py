@@ -44,9 +44,6 @@ def dumbbells(before, after, look):
 
 @dumbbells.reading
 def _(before, after, look):
-    why = _not_comparable(before, after)
-    if why:
-        return why
     change = _change(before, after, look)
     up, down = int((change.change > 0).sum()), int((change.change < 0).sum())
     mean = np.mean(finite(change.change)) if finite(change.change).size else np.nan
@@ -195,8 +192,6 @@ def scoreboard(control, look):
 
 @scoreboard.reading
 def _(control, look):
-    if control is None:
-        return NO_COMMITS
     gap = control.difference(control.primary)
     name = control.table().loc[control.primary, "label"]
     interval = f"95 % from {gap.low:+.4g} to {gap.high:+.4g}, {plural(control.n, 'pair')}"
