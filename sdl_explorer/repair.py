@@ -141,7 +141,8 @@ def judged(control: Control, level: float, step: float) -> tuple[bool, str, tupl
     gains = gains_of(control, level, step)
     trained, sham = gains
     label = MEASURES[control.primary].label
-    numbers = f"{label}: {_said(trained)} against plain steps, {_said(sham)} against the sham."
+    gained = label if BETTER[control.primary] > 0 else f"{label}, lowered by"
+    numbers = f"{gained}: {_said(trained)} against plain steps, {_said(sham)} against the sham."
     if not np.isfinite(trained.mean):
         return False, f"{label} is not defined here.", gains
     if trained.low <= 0:

@@ -15,11 +15,7 @@ SOURCE = HierarchyBench(parents=0, independent=8, d_in=8, independent_probabilit
 W = SOURCE.sample(1, torch.Generator()).truth.input_features
 STEPS, TRY = 5, 5 * 15  # of one arm, and of one try
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:Preflight"),  # the cases begin broken
-    pytest.mark.filterwarnings("ignore:The inplace keyword:pandas.errors.Pandas4Warning"),  # bokeh 3.9 on pandas 3.1
-    pytest.mark.filterwarnings("ignore:.*There is no current event loop:DeprecationWarning"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore:Preflight")  # the cases begin broken
 
 
 @pytest.fixture(autouse=True)
@@ -101,6 +97,7 @@ def same(session, before: dict) -> bool:
 # repair --------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_what_passed_waits_for_apply(open_on):
     explorer, form, card = open_on(merged(), "R5")
     session, desk = explorer.session, explorer.desk

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 
 from sdl_explorer.repair import LEVEL, Repair
-from sdl_explorer.views.frame import empty_table, frame, limits, row_ticks
+from sdl_explorer.views.frame import frame, limits, row_ticks
 from sdl_explorer.views.intervals import Arm, under, whiskers
 from sdl_explorer.views.problems import token_of
 from sdl_explorer.views.theme import TEXT
@@ -24,7 +24,7 @@ PASSED = "better than as many plain steps and than the sham"
 MOST = 110  # characters under a row
 
 
-@view("Which repairs pass, and by how much?", id="R5", of=(Repair,), page="intervene", cost="job")
+@view("Which repairs pass, and by how much?", id="R5", of=(Repair,), page="intervene", cost="job", columns=COLUMNS)
 def repairs(found, look):
     """One row for each verdict that was looked at, in the order in which it was tried: what its advice gained against as many plain
     steps (circle) and against the sham (diamond), with intervals that all tries share. It passes where both intervals lie right of zero.
@@ -33,7 +33,7 @@ def repairs(found, look):
     low, high = limits([-0.05, 0.05, *rows[ENDS].to_numpy(dtype=float).ravel()])
     layers = [layer for arm in ARMS for layer in whiskers(rows, arm, 1.0, look)]
     words = [f"✓ kept: {PASSED}" if one.kept else f"✗ not kept: {_shortly(one.why)}" for one in found.tried]
-    layers += [hv.VLine(0).opts(color=TEXT[look.theme], line_width=1), under(words, rows["kept"], low, look)]
+    layers += [hv.VLine(0).opts(color=TEXT[look.theme], line_width=1), under(words, rows["kept"], low + 0.01 * (high - low), look)]
     return frame(
         hv.Overlay(layers),
         look,
@@ -52,14 +52,12 @@ def repairs(found, look):
 
 @repairs.reading
 def _(found, look):
-    if found is None or not found.tried:
-        return repairs.empty(found, look)
     return "\n".join(found.lines[:-1] if found.kept and not found.applied else found.lines)  # the form above says how to apply it
 
 
 @repairs.table
 def _(found, look):
-    return empty_table(*COLUMNS) if found is None or not found.tried else table_of(found)
+    return table_of(found)
 
 
 @repairs.empty

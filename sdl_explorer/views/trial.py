@@ -6,7 +6,7 @@ import pandas as pd
 
 from sdl_explorer.trial import ARMS as GROUPS
 from sdl_explorer.trial import LEVEL, Effect, Trial
-from sdl_explorer.views.frame import empty_table, frame, row_ticks
+from sdl_explorer.views.frame import frame, row_ticks
 from sdl_explorer.views.intervals import Arm, own_scale, under, whiskers
 from sdl_explorer.views.theme import TEXT
 from sdl_explorer.views.view import view
@@ -23,7 +23,7 @@ COLUMNS = ("outcome", *ENDS, "treated", "sham", "nothing", "verdict")
 WORDS = {1: "raised", -1: "lowered", 0: "not distinguishable from the sham"}
 
 
-@view("What does it do to a latent, and more than a sham?", id="R6", of=(Trial,), page="intervene", cost="job")
+@view("What does it do to a latent, and more than a sham?", id="R6", of=(Trial,), page="intervene", cost="job", columns=COLUMNS)
 def trial_effects(found, look):
     """One row for each thing that was measured of every latent, on its own scale: how much more it changed in the treated latents than
     in the sham ones (circle) and in the untouched ones (square), and in the sham than in the untouched ones (diamond), with the 95 %
@@ -52,8 +52,6 @@ def trial_effects(found, look):
 
 @trial_effects.reading
 def _(found, look):
-    if found is None:
-        return NO_TRIAL
     with np.errstate(invalid="ignore"):
         said = f"{found.intervention}, {plural(found.n_steps, 'step')}: {units(found)}"
         return f"{said.capitalize()}. {found.reading} {spill_of(found)}."
@@ -61,7 +59,7 @@ def _(found, look):
 
 @trial_effects.table
 def _(found, look):
-    return empty_table(*COLUMNS) if found is None else trial_table(found)
+    return trial_table(found)
 
 
 @trial_effects.empty

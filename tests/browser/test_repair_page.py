@@ -3,11 +3,7 @@
 import pytest
 from playwright.sync_api import Page, expect
 
-pytestmark = [
-    pytest.mark.timeout(300),
-    pytest.mark.filterwarnings("ignore:The inplace keyword in DataFrame:DeprecationWarning"),  # bokeh 3.9 on pandas 3.1
-    pytest.mark.filterwarnings("ignore::pandas.errors.Pandas4Warning"),
-]
+pytestmark = pytest.mark.timeout(300)
 SLOW = 60_000  # milliseconds; the machine may be shared
 
 
