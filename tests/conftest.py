@@ -67,7 +67,7 @@ def _deterministic():
 @pytest.fixture
 def few_rows(monkeypatch):
     """Sessions choose and judge on 500 rows."""
-    for name in ("training.run.CHOOSE_ROWS", "session.CHOOSE_ROWS", "session.JUDGE_ROWS"):
+    for name in ("training.run.CHOOSE_ROWS", "session.CHOOSE_ROWS", "studies.JUDGE_ROWS"):
         monkeypatch.setattr(f"sdl_explorer.{name}", 500)
 
 

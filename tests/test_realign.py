@@ -342,7 +342,7 @@ def test_settings_have_bounds(wrong):
 
 @pytest.fixture
 def session(monkeypatch):
-    monkeypatch.setattr("sdl_explorer.session.JUDGE_ROWS", 1_000)
+    monkeypatch.setattr("sdl_explorer.studies.JUDGE_ROWS", 1_000)
     source = LinearBench(n_features=40, d_in=32, sparsity=0.9, max_interference=0.3)
     with Session(source, TopK(k=4), 64, batch_size=128, lr=3e-3, warmup_steps=0) as session:
         yield session.train(400)

@@ -23,8 +23,8 @@ from sdl_explorer.diagnosis.probes import score_absorption
 from sdl_explorer.diagnosis.recovery import score_recovery
 from sdl_explorer.labels import Labels
 from sdl_explorer.repair import Repair
-from sdl_explorer.session import JUDGE_ROWS
 from sdl_explorer.state import PAGES, ExplorerState
+from sdl_explorer.studies import JUDGE_ROWS
 from sdl_explorer.training.commits import Commit
 from sdl_explorer.training.history import History
 from sdl_explorer.training.interventions import Plan
@@ -232,7 +232,7 @@ class Reader:
         if one is Control:
             return session.last_control, id(session.last_control)
         if one is Labels:
-            labels = tuple(session.labels.values())
+            labels = session.labels.in_force
             return labels, labels
         if one is Compared:
             return session.last_compared, id(session.last_compared)
