@@ -130,6 +130,7 @@ def test_pins_are_in_the_survey_of_who_has_some(small):
     session.anchor(Anchors.from_truth(session.source.sample(1, torch.Generator()), [0, 3]))
     survey = session.survey(100)
     assert len(survey[measure_drift]) == 2
+    assert_same(survey[measure_drift], measure_drift(session.dictionary, session.source.sample(9, torch.Generator()), session.pins))
     assert session.find(measure_drift, n=100) is survey[measure_drift]
 
 

@@ -208,12 +208,12 @@ class _Tracer(Accumulator):
         together = self.cofiring.result()
         drive = overlaps(self.stream.dictionary.W_enc, self.features.inputs, together.total)
         kept = np.multiply(np.maximum(drive, 0, out=drive), together.total.data, out=drive) > 0
-        drive, count = only(like(together.total, drive), kept), only(together.count, kept)
-        context = like(count, (count.data / together.active[count.indices]).astype(np.float32))
+        drive, count = only(like(together.total, drive), kept), together.count.data[kept]
+        context = like(drive, np.divide(count, together.active.astype(np.float32)[drive.indices], out=count))
         known = row_sums(drive)
         other = np.zeros_like(known) if self.unknown is None else self.unknown.result()[1]
         total = known + other
-        share = like(drive, (drive.data / total[row_of(drive)]).astype(np.float32))
+        share = like(drive, drive.data / total.astype(np.float32)[row_of(drive)])
         return context, share, np.divide(other, total, out=np.zeros_like(total), where=total > 0)
 
 
