@@ -3,7 +3,7 @@
 import json
 import os
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,16 +29,20 @@ Labels = tuple[Label, ...]  # in a view's `of`: the labels of the run
 
 
 class LabelStore(Mapping[tuple[int, ...], Label]):
-    """The labels in force by what they are about, in the order in which they were given; `history` has all that was ever said.
+    """The labels in force by what they are about, in the order in which they were given; `history` has all that was ever said, and
+    `in_force` what still holds.
 
     In memory, or in a file of JSON lines. A line is there whole or not at all: what a kill leaves in the middle of a write is not read, and
     is cut off before the next one. Another process that reads the file sees new lines. Raises ValueError for a line that is damaged.
     """
 
     def __init__(self, path: Path | None = None, history: Labels = ()):
-        self.path, self.history = path, history
+        self.path = path
+        self._history: list[Label] = []
+        self._in_force: dict[tuple[int, ...], Label] = {}
         self._end = 0  # bytes of the file that are read
         self._lock = threading.RLock()
+        self._take(history)
         self._read()
 
     def add(self, label: Label) -> Label:
@@ -46,8 +50,8 @@ class LabelStore(Mapping[tuple[int, ...], Label]):
         with self._lock:
             self._read()
             if self.path is not None:
-                self._write((label,))
-            self.history = (*self.history, label)
+                self._write(self.path, (label,))
+            self._take((label,))
             return label
 
     def save(self, path: Path) -> None:
@@ -55,27 +59,32 @@ class LabelStore(Mapping[tuple[int, ...], Label]):
         with self._lock:
             self._read()
             self.path, self._end = path, 0
-            if self.history:
-                self._write(self.history)
+            if self._history:
+                self._write(path, self._history)
 
     def copy(self) -> "LabelStore":
         """The same labels, in memory."""
-        with self._lock:
-            self._read()
-            return LabelStore(history=self.history)
+        return LabelStore(history=self.history)
 
     @property
-    def in_force(self) -> dict[tuple[int, ...], Label]:
+    def history(self) -> Labels:
         with self._lock:
             self._read()
-            last = {label.about: label for label in self.history}
-            return {about: label for about, label in last.items() if label.says}
+            return tuple(self._history)
+
+    @property
+    def in_force(self) -> Labels:
+        with self._lock:
+            self._read()
+            return tuple(self._in_force.values())
 
     def __getitem__(self, about: tuple[int, ...]) -> Label:
-        return self.in_force[about]
+        with self._lock:
+            self._read()
+            return self._in_force[about]
 
     def __iter__(self) -> Iterator[tuple[int, ...]]:
-        return iter(self.in_force)
+        return iter([label.about for label in self.in_force])
 
     def __len__(self) -> int:
         return len(self.in_force)
@@ -83,9 +92,16 @@ class LabelStore(Mapping[tuple[int, ...], Label]):
     def __repr__(self) -> str:
         return f"LabelStore({len(self)} labels{'' if self.path is None else f' in {self.path}'})"
 
-    def _write(self, labels: Labels) -> None:
+    def _take(self, labels: Iterable[Label]) -> None:
+        for label in labels:
+            self._history.append(label)
+            self._in_force.pop(label.about, None)
+            if label.says:
+                self._in_force[label.about] = label
+
+    def _write(self, path: Path, labels: Iterable[Label]) -> None:
         lines = "".join(json.dumps({"format_version": FORMAT_VERSION, **vars(label)}, ensure_ascii=False) + "\n" for label in labels)
-        with open(self.path, "ab") as file:
+        with open(path, "ab") as file:
             file.truncate(self._end)
             file.write(lines.encode())
             file.flush()
@@ -100,8 +116,8 @@ class LabelStore(Mapping[tuple[int, ...], Label]):
             file.seek(self._end)
             fresh = file.read()
         fresh = fresh[: fresh.rfind(b"\n") + 1]
-        known = len(self.history)
-        self.history += tuple(_parsed(line, f"{self.path}, line {known + n}") for n, line in enumerate(fresh.splitlines(), 1))
+        known = len(self._history)
+        self._take([_parsed(line, f"{self.path}, line {known + n}") for n, line in enumerate(fresh.splitlines(), 1)])
         self._end += len(fresh)
 
 

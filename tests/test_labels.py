@@ -14,12 +14,6 @@ from sdl_explorer.views.candidates import candidate_forest
 from sdl_explorer.views.words import NO_CANDIDATES
 
 
-def a_page(test):
-    """Bokeh 3.9 on pandas 3.1 warns, and so does a figure outside an event loop."""
-    test = pytest.mark.filterwarnings("ignore:The inplace keyword:pandas.errors.Pandas4Warning")(test)
-    return pytest.mark.filterwarnings("ignore:.*There is no current event loop:DeprecationWarning")(test)
-
-
 def edge(parent=0, child=1, says=CONFIRMED, **more) -> Label:
     return Label((parent, child), says, **more)
 
@@ -168,7 +162,6 @@ def absorbing():
 
 
 @pytest.mark.slow
-@a_page
 def test_a_person_confirms_and_rejects_and_the_table_says_so(absorbing):
     import asyncio
 
@@ -205,7 +198,6 @@ def test_a_person_confirms_and_rejects_and_the_table_says_so(absorbing):
 
 
 @pytest.mark.slow
-@a_page
 def test_without_a_candidate_there_is_nothing_to_judge():
     from sdl_explorer import Explorer
     from sdl_explorer.widgets.pair import PairForm

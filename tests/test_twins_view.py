@@ -20,10 +20,6 @@ from tests.test_theme import BACKGROUND, MACHADO, THEMES, ciede2000, contrast, l
 from tests.test_twins import FEATURES, ROWS, SPLIT, dictionary
 
 KINDS = ["split", "shared", "shared", "novel", "part", "part", "silent"]
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:The inplace keyword:pandas.errors.Pandas4Warning"),
-    pytest.mark.filterwarnings("ignore:.*There is no current event loop:DeprecationWarning"),
-]
 
 
 @pytest.fixture(scope="module")

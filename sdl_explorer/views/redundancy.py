@@ -6,7 +6,7 @@ import pandas as pd
 
 from sdl_explorer.diagnosis.redundancy import Redundancy, find_redundant
 from sdl_explorer.views.alignment import count_image, rings
-from sdl_explorer.views.frame import MAX_POINTS, drawable, empty_table, finite, frame
+from sdl_explorer.views.frame import MAX_POINTS, drawable, finite, frame
 from sdl_explorer.views.latent_points import RateAxis, drawn_rows, pixels_said, token_counts, token_legend, token_marks
 from sdl_explorer.views.look import Look
 from sdl_explorer.views.theme import EDGE, GRID, SPARES, TEXT
@@ -25,6 +25,7 @@ COLUMNS = (
     "twin encoder cosine",
     "twin overlap",
     "firing rate",
+    "expected rate",
     "explained",
     "explained alone",
     "loss of removing",
@@ -36,14 +37,15 @@ COLUMNS = (
 )
 
 
-@view("Which latents could it do without?", id="P6", of=(find_redundant,), page="latents", cost="job")
+@view("Which latents could it do without?", id="P6", of=(find_redundant,), page="latents", cost="job", columns=COLUMNS)
 def spares(found, look):
     """One point per latent: how often it fires (x, logarithmic; silent ones in a gutter on the left) and the share of the variance that is
     lost where it alone is removed and the other codes stay (y, logarithmic; in the gutter below: none, or less error without it). Dotted
     lines: dense from here to the right, weak from here down; both are conventions, without scores.
 
     Near-identical decoder rows make a duplicate candidate; two that share a code both look needed. Lines join the primary latent with its
-    cluster, and the table lists the clusters first, the largest on top (-1: none).
+    cluster, and the table lists the clusters first, the largest on top (-1: none). Its expected rate is that of further rows: where a
+    latent was silent, from how near it came to firing and for how long it has not.
 
     Row k of the first `Points` is latent `spares.ids(found, look)[k]`.
     """
@@ -95,8 +97,6 @@ def _(found, look):
 
 @spares.table
 def _(found, look):
-    if found is None:
-        return empty_table(*COLUMNS)
     others = [""] * found.n_latents
     for members in found.clusters:
         for i in members:
@@ -111,6 +111,7 @@ def _(found, look):
         found.twin_encoder,
         found.twin_overlap,
         found.firing_rate,
+        found.expected_rate,
         found.explained,
         found.alone,
         found.loss,

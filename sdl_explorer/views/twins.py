@@ -7,7 +7,7 @@ import pandas as pd
 from sdl_explorer.diagnosis.compared import Compared
 from sdl_explorer.diagnosis.twins import Side, Twins
 from sdl_explorer.views.alignment import count_image, rings
-from sdl_explorer.views.frame import MAX_POINTS, drawable, empty_table, finite, frame
+from sdl_explorer.views.frame import MAX_POINTS, drawable, finite, frame
 from sdl_explorer.views.latent_points import RateAxis, drawn_rows, pixels_said, token_legend, token_marks
 from sdl_explorer.views.look import Look
 from sdl_explorer.views.theme import EDGE, TWINS
@@ -19,7 +19,7 @@ COLUMNS = ("latent", "kind", "there", "similarity", "similarity of all its parts
 ONLY_THERE = "only there"
 
 
-@view("Which latents does another dictionary have too?", id="C6", of=(Compared,), page="compare", cost="job")
+@view("Which latents does another dictionary have too?", id="C6", of=(Compared,), page="compare", cost="job", columns=COLUMNS)
 def shared_latents(compared, look):
     """One point per latent of this dictionary: how often it fires (x, logarithmic) and the similarity with the most similar latent of the
     other (y). Dashed: the threshold; dotted: what latents get that have nothing in common. Shared: one to one, at the threshold. Split
@@ -39,6 +39,7 @@ def shared_latents(compared, look):
     layers.append(hv.HLine(twins.tau).opts(color=EDGE[theme], line_width=1, line_dash="dashed"))
     layers.append(hv.HLine(twins.chance).opts(color=EDGE[theme], line_width=2, line_dash="dotted"))
     status = pd.concat([points["status"], there["status"]])
+    cut = f"\n{count(MAX_POINTS)} of {count(len(there))} novel ones there are drawn" if len(there) > MAX_POINTS else ""
     layers += [rates.border(theme), *rings(points, look), *token_legend(status, TWINS, theme)]
     return frame(
         hv.Overlay(layers),
@@ -47,7 +48,7 @@ def shared_latents(compared, look):
         ylim=ylim,
         xlabel=rates.label,
         ylabel=f"{MEASURES[twins.by]}, the best there",
-        title=f"Here {_counted(twins.here, 'there')}\nThere {_counted(twins.there, 'here')}{pixels_said(points, drawn)}",
+        title=f"Here {_counted(twins.here, 'there')}\nThere {_counted(twins.there, 'here')}{pixels_said(points, drawn)}{cut}",
         height=440,
         brush=True,
         xticks=rates.ticks,
@@ -56,8 +57,6 @@ def shared_latents(compared, look):
 
 @shared_latents.reading
 def _(compared, look):
-    if compared is None:
-        return NOT_COMPARED
     twins = compared.twins
     share = twins.here.shared_fraction
     said = [
@@ -68,13 +67,11 @@ def _(compared, look):
     ]
     if twins.chance >= twins.tau:
         said.append("That reaches the threshold: nothing follows from these numbers.")
-    return " ".join([*said, twins.note.capitalize()] if twins.note else said)
+    return " ".join([*said, f"{twins.note[0].upper()}{twins.note[1:]}."] if twins.note else said)
 
 
 @shared_latents.table
 def _(compared, look):
-    if compared is None:
-        return empty_table(*COLUMNS)
     twins = compared.twins
     here, there = twins.here, twins.there
     rate = there.firing_rate

@@ -5,12 +5,7 @@ import re
 import pytest
 from playwright.sync_api import Page, expect
 
-pytestmark = [
-    pytest.mark.browser,
-    pytest.mark.timeout(240),
-    pytest.mark.filterwarnings("ignore:The inplace keyword in DataFrame:DeprecationWarning"),  # bokeh 3.9 on pandas 3.1
-    pytest.mark.filterwarnings("ignore::pandas.errors.Pandas4Warning"),
-]
+pytestmark = pytest.mark.timeout(240)
 SLOW = 30_000  # milliseconds; the machine may be shared
 
 
