@@ -39,7 +39,7 @@ def respond_alone(
         for start in range(0, n_features, size):
             span = slice(start, min(start + size, n_features))
             part = _block(dictionary, directions[span].to(dictionary.device), levels[:, span], offset)
-            found.append((part[0], part[1] + start, part[2]))
+            found.append((part[0].astype(np.int32), (part[1] + start).astype(np.int32), part[2]))
             n_found += len(part[0])
             if n_found > MOST_ENTRIES:
                 raise ValueError(
@@ -49,7 +49,9 @@ def respond_alone(
             pulse()
     latent, feature = (np.concatenate([part[side] for part in found]) for side in (0, 1))
     responses = np.concatenate([part[2] for part in found], axis=1)
-    places: Csr = csr_array(coo_array((np.arange(1, n_found + 1), (latent, feature)), shape=(n_latents, n_features)))
+    found.clear()
+    places: Csr = csr_array(coo_array((np.arange(1, n_found + 1, dtype=np.int32), (latent, feature)), shape=(n_latents, n_features)))
+    del latent, feature
     places.sort_indices()
     responses = responses[:, places.data - 1]
     shares = (responses > 0).mean(axis=0, dtype=np.float32) if n_found else np.zeros(0, dtype=np.float32)
