@@ -1,6 +1,6 @@
 """Detectors that see no truth, scored against the truth that benches hide.
 
-    python benchmarks/detectors.py --seeds 3    some ten minutes of one core a seed; goes on where it was interrupted
+    python benchmarks/detectors.py              some ten minutes of one core a seed; goes on where it was interrupted
     python benchmarks/detectors.py --report     the tables, from the dictionaries that are judged so far
     python benchmarks/detectors.py --anew       detectors have changed: judges the trained dictionaries again
                                                 (--anew absorption: with that detector alone)
@@ -242,7 +242,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--report", action="store_true")
     parser.add_argument("--anew", nargs="*", choices=DETECTORS, default=None)
-    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument(
         "--only", nargs="+", default=[""], help="train and judge the benches of these names alone, and leave the tables as they are"
     )
