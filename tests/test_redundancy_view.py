@@ -99,6 +99,14 @@ def test_a_cluster_is_joined_and_selected_latents_have_rings(found):
     assert {e.label for e in ringed.traverse(lambda e: e, [hv.Points])} >= {"Selected (2)", "Primary"}
 
 
+def test_a_large_cluster_is_named_in_part():
+    rows = Activations(*[torch.randn(50, 4, generator=torch.Generator().manual_seed(0))] * 2)
+    W = torch.eye(4)[:1].expand(9, 4).contiguous()
+    some = find_redundant(SparseDictionary(W, W / 9), rows)
+    assert "Largest cluster: latents 0, 1, 2, 3, 4, 5 and 3 more, decoder rows" in spares.reading(some)
+    assert spares.table(some)["with latents"].tolist()[::8] == ["1, 2, 3, 4, 5, 6 and 2 more", "0, 1, 2, 3, 4, 5 and 2 more"]
+
+
 def test_a_silent_dictionary_and_one_latent_alone_are_drawn(found):
     rows = Activations(*[torch.randn(50, 4, generator=torch.Generator().manual_seed(0))] * 2)
     for bias, n in ((-99.0, 3), (0.0, 1)):

@@ -85,9 +85,8 @@ def spares(found, look):
 def _(found, look):
     said = [f"{_counted(found, spare_points(found))}, on {plural(found.n_samples, 'row')}."]
     for members in found.clusters[:1]:
-        more = f" and {count(len(members) - NAMED)} more" if len(members) > NAMED else ""
         near = f"each at {found.cosine:g} or nearer to another (by chance {_few(found.chance_pairs)} so near)"
-        said.append(f"Largest cluster: latents {', '.join(map(str, members[:NAMED]))}{more}, decoder rows {near}.")
+        said.append(f"Largest cluster: latents {_named(members[:NAMED], len(members))}, decoder rows {near}.")
     if found.live.any() and finite(found.explained).size:
         most = int(np.nanargmax(np.where(np.isfinite(found.explained), found.explained, np.nan)))
         said.append(f"Removing latent {most} would cost most: {found.explained[most]:.1%} of the variance.")
@@ -100,7 +99,7 @@ def _(found, look):
     others = [""] * found.n_latents
     for members in found.clusters:
         for i in members:
-            others[i] = ", ".join(str(j) for j in members if j != i)
+            others[i] = _named([j for j in members[: NAMED + 1] if j != i][:NAMED], len(members) - 1)
     columns = (
         np.arange(found.n_latents),
         [SPARES[status].word for status in _status(found)],
@@ -207,6 +206,11 @@ def _title(found: Redundancy, points: pd.DataFrame) -> str:
 def _counted(found: Redundancy, points: pd.DataFrame) -> str:
     clusters = f"; {plural(len(found.clusters), 'cluster')}" if found.clusters else ""
     return f"{token_counts(points['status'], SPARES)}{clusters}"
+
+
+def _named(some, n: int) -> str:
+    """The first of n latents."""
+    return ", ".join(map(str, some)) + (f" and {count(n - len(some))} more" if n > len(some) else "")
 
 
 def _few(pairs: float) -> str:
