@@ -202,6 +202,16 @@ def test_a_trial_says_what_pruning_does(open_on):
     assert not form.run.disabled
 
 
+def test_many_candidates_are_drawn_from(open_on, monkeypatch):
+    explorer, form, _ = open_on(whole(), "R6")
+    monkeypatch.setattr("sdl_explorer.widgets.trial.MOST", 6)
+    form.candidates.value, form.which.value, form.steps.value = "all latents", "Prune", 1
+    form.refresh()
+    assert form.said.text.startswith("8 candidates, of which 6 are drawn at random: chance gives a third of them Prune")
+    press(form._run)
+    assert explorer.session.last_trial.n_units == 6
+
+
 def test_a_refused_trial_is_said(open_on):
     explorer, form, _ = open_on(whole(), "R6")
     form.forms["Resample"].number.value = "many"

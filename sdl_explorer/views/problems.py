@@ -32,6 +32,7 @@ GUESSED: dict[str, Token] = {  # where no truth was seen
     "encoder": Token("encoder candidate", "Wrong encoder candidate", *_READS, "✲", "asterisk", hollow=True),
 }
 SHOWN_ON = {"dead": "Latents", "merged": "Latents", "copies": "Latents", "absorbed": "Absorption", "encoder": "Alignment"}
+JUDGED = "Whether any of this helps, Try repairs on the page Intervene can judge."
 COLUMNS = ("problem", "claim", "harm", "of", "evidence", "theorem", "advice", "latents", "features")
 
 
@@ -101,7 +102,8 @@ def harm_of(verdict: Verdict) -> str:
 
 def problems_html(verdicts: list[Verdict], look: Look) -> str:
     """The verdicts as a list; every text that may come from data is escaped. `data-pick` is "0 show" or "0 help"."""
-    return f"{_style(look.theme)}<ol class='problems'>{''.join(_item(i, v, look.theme) for i, v in enumerate(verdicts))}</ol>"
+    items = "".join(_item(place, verdict, look.theme) for place, verdict in enumerate(verdicts))
+    return f"{_style(look.theme)}<ol class='problems'>{items}</ol><p class='problems quiet'>{JUDGED}</p>"
 
 
 def _item(place: int, verdict: Verdict, theme: str) -> str:
@@ -122,7 +124,7 @@ def _style(theme: str) -> str:
 .problems {{ margin: 0; padding: 0; list-style: none; font-size: 14px; line-height: 1.45; overflow-wrap: anywhere }}
 .problems > li {{ padding: 6px 0 }} .problems > li + li {{ border-top: 1px solid {EDGE[theme]} }}
 .problems p {{ margin: 2px 0 }} .problems ul {{ margin: 2px 0; padding-left: 18px }}
-.problems .quiet, .problems ul {{ font-size: 12.5px; color: {MUTED[theme]} }}
+.problems .quiet, .problems.quiet, .problems ul {{ font-size: 12.5px; color: {MUTED[theme]} }}
 .problems button {{ font: inherit; font-size: 13px; min-height: 26px; padding: 1px 10px; border-radius: 6px; cursor: pointer;
   color: inherit; background: transparent; border: 1px solid {EDGE[theme]} }}
 .problems button:hover {{ background: color-mix(in srgb, currentColor 9%, transparent) }}

@@ -1,10 +1,13 @@
 """A trial: chance gives each candidate an intervention, its sham or nothing, in a copy of the model."""
 
+from collections.abc import Sequence
+
+import numpy as np
 import panel as pn
 import panel_material_ui as pmui
 
 from sdl_explorer.trial import ARMS, LEAST
-from sdl_explorer.views.words import plural
+from sdl_explorer.views.words import count, plural
 from sdl_explorer.widgets.intervene import DEAD, NONE_SELECTED, SELECTED, Form
 from sdl_explorer.widgets.job import JobLine
 from sdl_explorer.widgets.kit import Text, button, sheet
@@ -13,6 +16,7 @@ TOGETHER = ("Release", "Split", "Unabsorb")  # one latent is not one unit there
 ALL = "all latents"
 ABOUT = "The settings are those of its form above. All happens in a copy: the model stays as it is."
 STARTING = "Measuring all latents before anything changes…"
+MOST = 3_000  # permutations take time and memory for each of them
 FEWEST = LEAST * len(ARMS)
 
 
@@ -49,10 +53,11 @@ class TrialForm(pn.viewable.Viewer):
     def __panel__(self):
         return self._view
 
-    def chosen(self) -> list[int]:
+    def chosen(self) -> Sequence[int]:
         """The candidates."""
-        named = {DEAD: self.host.dead, SELECTED: lambda: self.host.state.selected_latents}
-        return [int(i) for i in named.get(self.candidates.value, lambda: range(self.host.session.n_latents))()]
+        if self.candidates.value == DEAD:
+            return self.host.dead()
+        return self.host.state.selected_latents if self.candidates.value == SELECTED else range(self.host.session.n_latents)
 
     def refresh(self) -> None:
         mine, job, n = self.job.refresh(), self.host.snapshot.job, len(self.chosen())
@@ -66,14 +71,17 @@ class TrialForm(pn.viewable.Viewer):
         elif n < FEWEST:
             self.said.text = f"{plural(n, 'candidate')}: at least {FEWEST} are needed, {LEAST} in each of {len(ARMS)} arms."
         else:
+            of_them = f", of which {count(MOST)} are drawn at random" if n > MOST else ""
             self.said.text = (
-                f"{plural(n, 'candidate')}: chance gives a third of them {self.which.value}, a third its sham in random directions, and a "
-                "third nothing."
+                f"{plural(n, 'candidate')}{of_them}: chance gives a third of them {self.which.value}, a third its sham in random "
+                "directions, and a third nothing."
             )
 
     async def _run(self, event=None) -> None:
-        host, candidates, steps, seed = self.host, self.chosen(), min(self.steps.value or 1, self.steps.end), self.seed.value or 0
-        form = self.forms[self.which.value]
+        host, form, candidates = self.host, self.forms[self.which.value], [int(i) for i in self.chosen()]
+        steps, seed = min(self.steps.value or 1, self.steps.end), self.seed.value or 0
+        if len(candidates) > MOST:
+            candidates = sorted(np.random.default_rng(seed).choice(candidates, MOST, replace=False).tolist())
 
         def job() -> None:
             settings = {name: value for name, value in form.settings().items() if name != "latents"}
