@@ -1,10 +1,10 @@
 """Absorption where the answer is known: what `find_absorption` says of it, beside what was published.
 
-    python benchmarks/absorption.py             some ten minutes of one core
+    python benchmarks/absorption.py             some ten minutes of one core; goes on where it was interrupted
     python benchmarks/absorption.py --report    the tables again, from the runs.csv that is there
 
 delta     planted partial absorption, enc = f0 - delta f1 and dec = f1 + delta f0 (Chanin et al. 2024, appendix A.2): no training
-toy       their four features in 50 dimensions, one inside another, or not; ReLU with an L1 penalty
+toy       their four features in 50 dimensions, one inside another, or not, with ReLU and an L1 penalty; twelve with BatchTopK
 tree      Nabeshima's tree: 3 parents of 3 exclusive children and 8 features of their own in 20 dimensions; ReLU, and nested prefixes
 hedging   one tied unit latent for two features, tan 2a = 2 p11 / p10 (Chanin et al. 2025, "Feature Hedging"), trained and in closed form
 
@@ -23,12 +23,12 @@ import numpy as np
 import pandas as pd
 import param
 import torch
+from absorption_tables import BATCH, MIXED, TAKEN, expectations, table, toy_table, tree_table  # the file beside this one
 
 from sdl_explorer import BatchTopK, HierarchyBench, Matryoshka, ReLU, SparseDictionary, align, check_health, find_absorption
 from sdl_explorer.data.bench import linear_activations, random_rotation
 from sdl_explorer.data.sources import Generated, Source, stream
 from sdl_explorer.diagnosis.absorption import Absorption
-from sdl_explorer.diagnosis.edges import KINDS
 from sdl_explorer.diagnosis.observe import observe
 from sdl_explorer.models.methods import Method
 from sdl_explorer.models.methods.matryoshka import nested_reconstructions
@@ -39,17 +39,18 @@ from sdl_explorer.training.state import Schedule, TrainState
 
 OUT = Path("benchmarks/results/absorption")
 JUDGE_ROWS = 20_000
-BATCH = 256
 DELTAS = (0.0, 0.3, 0.4, 0.5, 0.8, 1.0)
 HEDGES = ((0.2, 0.05, 0.9732, 0.2298), (0.3, 0.1, 0.9571, 0.2898), (0.1, 0.3, 0.7630, 0.6464))  # p10, p11, cosines as published
-TREE_MCC = (11 + 9 / math.sqrt(2)) / 20  # every child's row is (parent + child) / sqrt 2
 
 
-class FourFeatures(Generated):
-    """Chanin's toy: f0 with probability 0.25, f2 and f3 with 0.05, f1 with `inside` where f0 is active and `outside` elsewhere."""
+class Features(Generated):
+    """Chanin's toys: f0 with `parent`, f1 with `inside` where f0 is active and `outside` elsewhere, `others` more with `other`."""
 
+    parent = param.Number(0.25, bounds=(0, 1), constant=True, doc="P(f0).")
     inside = param.Number(0.2, bounds=(0, 1), constant=True, doc="P(f1 | f0).")
     outside = param.Number(0.0, bounds=(0, 1), constant=True, doc="P(f1 | not f0).")
+    others = param.Integer(2, bounds=(0, None), constant=True, doc="Further features.")
+    other = param.Number(0.05, bounds=(0, 1), constant=True, doc="P of each of these.")
     magnitude_std = param.Number(0.0, bounds=(0, None), constant=True, doc="Spread of the activations around 1.")
     d_in = param.Integer(50, bounds=(4, None), constant=True, doc="Width of the inputs.")
 
@@ -58,13 +59,14 @@ class FourFeatures(Generated):
         return self.d_in
 
     def draw(self, n: int, generator: torch.Generator):
-        chance = torch.rand(n, 4, generator=generator)
-        first = chance[:, 0] < 0.25
-        inside = torch.where(first, self.inside, self.outside)
-        active = torch.stack([first, chance[:, 1] < inside, chance[:, 2] < 0.05, chance[:, 3] < 0.05], dim=1)
-        codes = active * (1 + self.magnitude_std * torch.randn(n, 4, generator=generator)).clamp(min=0)
-        features = random_rotation(self.d_in, stream(self.seed, "directions"))[:4].float()
-        return linear_activations(codes, features, features, parents=(None, 0, None, None))
+        n_features = 2 + self.others
+        chance = torch.rand(n, n_features, generator=generator)
+        first = chance[:, 0] < self.parent
+        second = chance[:, 1] < torch.where(first, self.inside, self.outside)
+        active = torch.cat([first[:, None], second[:, None], chance[:, 2:] < self.other], dim=1)
+        codes = active * (1 + self.magnitude_std * torch.randn(n, n_features, generator=generator)).clamp(min=0)
+        features = random_rotation(self.d_in, stream(self.seed, "directions"))[:n_features].float()
+        return linear_activations(codes, features, features, parents=(None, 0, *[None] * self.others))
 
 
 class RandomPrefixes(Method):
@@ -85,6 +87,7 @@ class RandomPrefixes(Method):
 
 # name -> source settings, method, n_latents, lr, steps
 ONCE, HALF = {"inside": 0.05, "outside": 0.05}, {"inside": 0.19, "outside": 0.0025 / 0.75}
+TWELVE = {"parent": 0.4, "others": 10, "other": 0.15}
 TOYS = {
     "independent, 8 latents": (ONCE, ReLU(l1=0.03), 8, 3e-3, 5_000),
     "f1 inside f0, 8 latents": ({}, ReLU(l1=0.03), 8, 1e-2, 2_500),
@@ -94,6 +97,8 @@ TOYS = {
     "magnitudes 1 +- 0.1": ({"magnitude_std": 0.1}, ReLU(l1=0.03), 4, 1e-2, 2_500),
     "f1 alone in 5 % of its rows": (HALF, ReLU(l1=0.03), 4, 1e-2, 2_500),
     "tied weights": ({}, ReLU(l1=0.03, tie="tied"), 4, 1e-2, 2_500),
+    "12 features, BatchTopK(k=2)": (TWELVE | {"inside": 0.6}, BatchTopK(k=2), 12, 1e-2, 2_500),
+    "12 independent, BatchTopK(k=2)": (TWELVE | {"inside": 0.24, "outside": 0.24}, BatchTopK(k=2), 12, 1e-2, 2_500),
 }
 TREES = {
     "ReLU, l1 0.02": (ReLU(l1=0.02), 3e-3, 4_000),
@@ -115,9 +120,12 @@ def main() -> None:
     torch.set_num_threads(1)
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / "runs.csv"
-    if not options.report:
-        runs = [*train_toys(options.toy_seeds), *train_trees(options.tree_seeds)]
-        pd.DataFrame(runs).to_csv(path, index=False, float_format="%.5g")
+    order = {name: at for at, name in enumerate([*TOYS, *TREES])}
+    runs = pd.read_csv(path).to_dict("records") if path.exists() else []
+    done = {(run["setting"], run["seed"]) for run in runs}
+    for run in () if options.report else itertools.chain(train_toys(options.toy_seeds, done), train_trees(options.tree_seeds, done)):
+        runs.append(run)
+        pd.DataFrame(sorted(runs, key=lambda run: (order[run["setting"]], run["seed"]))).to_csv(path, index=False, float_format="%.5g")
     runs = pd.read_csv(path)
     head = (
         f"`python benchmarks/absorption.py`, some ten minutes of one CPU core ({platform.machine()}, torch {torch.__version__}). "
@@ -148,6 +156,8 @@ def measure(dictionary: SparseDictionary, source: Source, seed: int) -> tuple[Ab
     judge = source.sample(JUDGE_ROWS, stream(seed, "judge"), "judge")
     found, health, aligned = observe(dictionary, judge, [find_absorption, check_health, align])
     seen = [edge.evidence for edge in found.edges]
+    taken = {edge.parent for edge in found.edges if edge.kind in TAKEN}
+    near = {which: [e.evidence.cosine or 0.0 for e in found.edges if (e.parent in taken) is which] for which in (True, False)}
     mean = lambda values: float(np.mean([v for v in values if v is not None] or [np.nan]))
     cosine = torch.cosine_similarity(dictionary.W_enc, dictionary.W_dec).detach().numpy()
     return found, {
@@ -162,6 +172,11 @@ def measure(dictionary: SparseDictionary, source: Source, seed: int) -> tuple[Ab
         "mcc": aligned.mcc,
         "l0": health.l0,
         "dead": health.n_dead + health.n_unseen,
+        "taken_mixed": sum(
+            any(other.kind in MIXED for other in found.of(parent=edge.parent)) for edge in found.edges if edge.kind in TAKEN
+        ),
+        "nearest_taken": max(near[True], default=None),
+        "nearest_kept": min(near[False], default=None),
         "encoder_decoder_parents": mean(cosine[edge.latent] for edge in found.edges if edge.latent >= 0),
     }
 
@@ -191,95 +206,22 @@ def delta_table() -> str:
     return "\n\n".join(text)
 
 
-def train_toys(seeds: int) -> Iterator[dict]:
+def train_toys(seeds: int, done: set) -> Iterator[dict]:
     for name, (settings, method, n_latents, lr, steps) in TOYS.items():
-        for seed in range(seeds):
-            source = FourFeatures(seed=seed, **settings)
+        for seed in (seed for seed in range(seeds) if (name, seed) not in done):
+            source = Features(seed=seed, **settings)
             found, row = measure(trained(source, method, n_latents, lr, steps, seed), source, seed)
             yield {"part": "toy", "setting": name, "seed": seed, **row}
             print(name, seed, found.edges[0].kind, found.edges[0].why, flush=True)
 
 
-def train_trees(seeds: int) -> Iterator[dict]:
+def train_trees(seeds: int, done: set) -> Iterator[dict]:
     for name, (method, lr, steps) in TREES.items():
-        for seed in range(seeds):
+        for seed in (seed for seed in range(seeds) if (name, seed) not in done):
             source = HierarchyBench(seed=seed)
             found, row = measure(trained(source, method, 20, lr, steps, seed), source, seed)
             yield {"part": "tree", "setting": name, "seed": seed, **row}
             print(name, seed, found, flush=True)
-
-
-SHOWN = {
-    "fires_with": "P(parent fires, both)",
-    "parent_with": "parent written, both",
-    "child_writes_parent": "cos(child dec, parent)",
-    "parent_reads_child": "cos(parent enc, child)",
-    "encoder_decoder_parents": "cos(enc, dec) parents",
-    "fraction": "fraction",
-    "explained": "explained",
-    "mcc": "MCC",
-    "l0": "L0",
-    "dead": "dead",
-}
-
-
-def toy_table(runs: pd.DataFrame) -> str:
-    text = [
-        "## Four features, one inside another (Chanin et al. 2024)",
-        f"f0 (parent) and f1 (child), orthogonal in 50 dimensions; P(f0) = 0.25, P(f1 | f0) = 0.2, f2 and f3 0.05; batches of {BATCH}. "
-        f"Medians of seeds 0 to {runs['seed'].max()}; the last column counts seeds.",
-        summary(runs, "median"),
-        "Published: clean where independent, absorbed where f1 is inside f0, partly where magnitudes vary (the parent at .22 to .12 with "
-        "the child), the parent at .67 where f1 is alone in 5 % of its rows, clean with tied weights. Where they are independent, truth "
-        "calls f1 a child only so that the question can be put; a spare latent that takes the rows of both counts as partly absorbed.",
-    ]
-    return "\n\n".join(text)
-
-
-def tree_table(runs: pd.DataFrame) -> str:
-    text = [
-        "## The tree (Nabeshima 2024; Bussmann et al. 2025)",
-        f"20 latents, true L0 1.12. Means of seeds 0 to {runs['seed'].max()}; the last column counts edges, nine a seed.",
-        summary(runs, "mean"),
-        f"Fully absorbed, MCC is (11 + 9/sqrt 2)/20 = {TREE_MCC:.3f}, L0 0.85 (1.12 - 0.27), a child's decoder at .707 to the parent, and "
-        "a parent's encoder at 1/2 to its decoder; explained variance sees nothing of it. Published: nested prefixes cure it, and their "
-        "inner levels hedge (Chanin et al. 2025).",
-    ]
-    return "\n\n".join(text)
-
-
-def expectations(toys: pd.DataFrame, trees: pd.DataFrame) -> str:
-    """What was published or follows from a closed form, and what came out."""
-    counts = toys.groupby("setting")[list(KINDS)].sum()
-    seeds = toys.groupby("setting")["seed"].count()
-    tree, edges = trees.groupby("setting")[list(KINDS)].sum(), 9 * trees.groupby("setting")["seed"].count()
-    means = trees.groupby("setting")[["mcc", "explained"]].mean()
-    lines = []
-
-    def expect(words: str, figure: str, met: bool) -> None:
-        lines.append([words, figure, "yes" if met else "no"])
-
-    for name in ("f1 inside f0, 8 latents", "f1 inside f0, 4 latents", "f1 inside f0, 4 latents, l1 0.003"):
-        n = counts.loc[name, "absorbed"]
-        expect(f"{name}: absorbed in most seeds", f"{n} of {seeds[name]}", n > seeds[name] / 2)
-    for name in ("independent, 8 latents", "independent, 4 latents"):
-        expect(f"{name}: in none", f"{counts.loc[name, 'absorbed']} of {seeds[name]}", counts.loc[name, "absorbed"] == 0)
-    n = counts.loc["magnitudes 1 +- 0.1", "partly absorbed"]
-    expect("magnitudes vary: partly in most", f"{n} of {seeds['magnitudes 1 +- 0.1']}", n > seeds["magnitudes 1 +- 0.1"] / 2)
-    written = toys[toys["setting"] == "f1 alone in 5 % of its rows"]["parent_with"].median()
-    expect("f1 alone in 5 % of its rows: the parent at .67 with the child, within .1", f"{written:.2f}", abs(written - 0.67) < 0.1)
-    n = counts.loc["tied weights", ["absorbed", "partly absorbed"]].sum()
-    expect("tied weights: clean", f"{n} of {seeds['tied weights']} absorbed", n == 0)
-    for name in ("ReLU, l1 0.02", "ReLU, l1 0.1"):
-        absorbed = tree.loc[name, ["absorbed", "partly absorbed"]].sum()
-        mcc, explained = means.loc[name]
-        expect(f"tree, {name}: absorbed, in full or part", f"{absorbed} of {edges[name]} edges", absorbed > 0.9 * edges[name])
-        met = abs(mcc - TREE_MCC) < 0.01 and explained > 0.99
-        expect(f"tree, {name}: MCC {TREE_MCC:.3f}, explained 1", f"{mcc:.3f}, {explained:.3f}", met)
-    for name in ("random prefixes, l1 0.02", "random prefixes, l1 0.1", "Matryoshka(k=2)"):
-        absorbed = tree.loc[name, ["absorbed", "partly absorbed"]].sum()
-        expect(f"tree, {name}: cured (at most a tenth absorbed)", f"{absorbed} of {edges[name]} edges", absorbed <= 0.1 * edges[name])
-    return "\n\n".join(["## Expected, and what came out", table(["expected", "came out", "met"], lines)])
 
 
 def hedging_table() -> str:
@@ -320,19 +262,6 @@ def single_latent(source: Source, steps: int = 1_500) -> torch.Tensor:
         loss.backward()
         optimiser.step()
     return (w / w.norm()).detach()
-
-
-def summary(runs: pd.DataFrame, of: str) -> str:
-    lines = []
-    for name, rows in runs.groupby("setting", sort=False):
-        kinds = ", ".join(f"{n} {kind}" for kind, n in rows[list(KINDS)].sum().items() if n)
-        lines.append([str(name), *(f"{value:.3f}" for value in rows[list(SHOWN)].agg(of)), kinds])
-    return table(["", *SHOWN.values(), "kinds"], lines)
-
-
-def table(names: list[str], lines: list[list[str]]) -> str:
-    head = f"| {' | '.join(names)} |\n|---|" + "---:|" * (len(names) - 1)
-    return "\n".join([head, *(f"| {' | '.join(line)} |" for line in lines)])
 
 
 if __name__ == "__main__":
