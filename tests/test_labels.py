@@ -212,3 +212,20 @@ def test_without_a_candidate_there_is_nothing_to_judge():
         assert part.said.text == NO_CANDIDATES
         assert all(one.disabled for one in (part.confirm, part.reject, part.back, part.realise))
         explorer.close()
+
+
+@pytest.mark.slow
+def test_what_is_said_of_a_latent_is_in_its_table_and_in_the_inspector(session):
+    from sdl_explorer import Explorer
+
+    explorer = Explorer(session)
+    explorer.__panel__()
+    explorer.selection = (3,)
+    explorer.desk.settle()
+    assert "label" not in explorer.latent_table and "Labelled" not in " ".join(explorer.desk.inspect()[0])
+    session.label((2, 5), CONFIRMED)
+    session.label(3, "odd", "fires on names")
+    table = explorer.latent_table
+    assert table["label"].tolist() == ["", "", "", "odd", *[""] * 4] and table["note"][3] == "fires on names"
+    assert explorer.desk.inspect()[0][-1] == f"Labelled odd at step {session.step}. fires on names"
+    explorer.close()

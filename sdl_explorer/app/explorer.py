@@ -8,7 +8,7 @@ import panel as pn
 from sdl_explorer.app import pages
 from sdl_explorer.app.desk import Desk
 from sdl_explorer.app.entry import session_of
-from sdl_explorer.app.facts import latent_table
+from sdl_explorer.app.facts import labelled, latent_table
 from sdl_explorer.app.shell import Frame
 from sdl_explorer.diagnosis.alignment import align
 from sdl_explorer.diagnosis.compare import Control, scoreboard
@@ -109,9 +109,9 @@ class Explorer(pn.viewable.Viewer):
 
     @property
     def latent_table(self) -> pd.DataFrame:
-        """One row per latent: status, rate, norms, best matches."""
+        """One row per latent: status, rate, norms, best matches, and labels where latents have some."""
         health, alignment = self._find()
-        return latent_table(self.session.dictionary, health, alignment, self.state.tau)
+        return labelled(latent_table(self.session.dictionary, health, alignment, self.state.tau), self.session.labels.in_force)
 
     @property
     def feature_table(self) -> pd.DataFrame:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
+from sdl_explorer.labels import Label, Labels
 from sdl_explorer.views.theme import classify, token
 from sdl_explorer.views.words import count
 
@@ -48,6 +49,15 @@ def latent_table(dictionary, health, alignment, tau: float) -> pd.DataFrame:
         table["encoder_cosine"] = per.encoder_cosine
         table["response_feature"], table["response_cosine"] = per.response_feature, per.response_cosine
     return table
+
+
+def labelled(table: pd.DataFrame, labels: Labels) -> pd.DataFrame:
+    """With what a person said of each latent, where anything was said."""
+    said = {label.about[0]: label for label in labels if len(label.about) == 1}
+    if not said:
+        return table
+    of = [said.get(i, Label((i,), "")) for i in table["latent"].tolist()]
+    return table.assign(label=[one.says for one in of], note=[one.note for one in of])
 
 
 def latent_lines(row: pd.Series, word: str) -> list[str]:

@@ -273,7 +273,10 @@ class Reader:
             return [self.missing()], []
         alignment = self.value(align)
         word = "anchor" if alignment is not None and alignment.of == "anchors" else "feature"
-        return latent_lines(table.iloc[latent], word), feature_lines(self.state.primary_feature, alignment)
+        lines, label = latent_lines(table.iloc[latent], word), self.session.labels.get((latent,))
+        if label is not None:
+            lines.append(f"Labelled {label.says} at step {label.step}." + (f" {label.note}" if label.note else ""))
+        return lines, feature_lines(self.state.primary_feature, alignment)
 
     def example_cards(self) -> str:
         """Markup of what the primary latent fires on; escaped by the view."""
