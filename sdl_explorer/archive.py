@@ -3,6 +3,7 @@
 run.json               source, settings, sizes, preflight; written last, so a folder without it is no run
 anchors.safetensors    directions that were given to compare with
 control.json           the pairs of the last control
+labels.jsonl           what people said of latents (`labels.LabelStore`)
 """
 
 from dataclasses import asdict

@@ -13,7 +13,9 @@ CONFIRMED, REJECTED = "confirmed", "rejected"
 
 @dataclass(frozen=True)
 class Label:
-    """about    the latent, or the parent and the child of an edge
+    """What was said of something.
+
+    about       the latent, or the parent and the child of an edge
     says        a word, "confirmed" or "rejected" of a candidate; empty takes the former label back
     step, commit    of the model that was looked at: what was said of it may be wrong of a later one
     """
@@ -128,6 +130,8 @@ def _parsed(line: bytes, place: str) -> Label:
         if version > FORMAT_VERSION:
             raise ValueError(f"{place}: format_version is {version}, this sdl_explorer reads up to {FORMAT_VERSION}; upgrade it.")
         label = Label(**record | {"about": tuple(record["about"])})
+        if not isinstance(label.says, str) or not all(isinstance(latent, int) for latent in label.about):
+            raise TypeError("about holds latents and says a word")
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         if "upgrade it" in str(error):
             raise
