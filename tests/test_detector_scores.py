@@ -63,11 +63,13 @@ GOOD = DetectorScore("d", 0.0, 0.1, 100, 40, 30, 0.9, 0.7, 0.95, 0.4)
         ({"precision": 0.49}, False, "precision 0.49"),
         ({"claimed": 5}, False, "precision not known: too few cases on benches at mean coherence below 0.1"),
         ({"positives": 5}, False, "precision not known"),
+        ({"positives": 0, "precision": 0.0}, False, "all 30 claims were wrong on benches at mean coherence below 0.1, which have no case"),
     ],
 )
 def test_only_a_measured_precision_of_one_half_is_a_claim(change, confident, says):
     found = replace(GOOD, **change)
     assert found.confident is confident and str(found).startswith(says)
+    assert found.brief.startswith(says.split(",")[0]) and "chance" not in found.brief
 
 
 def test_the_kind_of_benches_is_the_one_that_is_like_the_data(monkeypatch):

@@ -57,12 +57,24 @@ class DetectorScore:
         return self.measured and self.precision >= CONFIDENT and all(part.confident for part in self.parts if part.measured)
 
     def __str__(self) -> str:
-        regime = f"mean coherence {self.low:g} to {self.high:g}" if self.low > 0 else f"mean coherence below {self.high:g}"
-        where = f"benches{WORDS[self.benches]} at {regime}"
         if not self.measured:
-            return f"precision not known: too few cases on {where}"
+            return self.brief
         kinds = "".join(f"; {part._precision}{WORDS[part.benches]}" for part in self.parts if part.measured)
-        return f"precision {self._precision}, recall {self.recall:.2f} on {where} (chance {self.chance:.2f}){kinds}"
+        return f"precision {self._precision}, recall {self.recall:.2f} on {self._where} (chance {self.chance:.2f}){kinds}"
+
+    @property
+    def brief(self) -> str:
+        """The precision alone, for a title."""
+        if self.measured:
+            return f"precision {self._precision} on {self._where}"
+        if self.claimed and not self.positives:
+            return f"all {self.claimed} claims were wrong on {self._where}, which have no case"
+        return f"precision not known: too few cases on {self._where}"
+
+    @property
+    def _where(self) -> str:
+        regime = f"mean coherence {self.low:g} to {self.high:g}" if self.low > 0 else f"mean coherence below {self.high:g}"
+        return f"benches{WORDS[self.benches]} at {regime}"
 
     @property
     def _precision(self) -> str:

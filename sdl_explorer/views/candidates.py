@@ -302,7 +302,7 @@ def _title(found: Suspects, rows: list[_Row]) -> str:
         said += f"; {count(drawn)} and {count(grey)} drawn, one parent a latent, best first"
     if not found.reliable:
         return f"{said}\nNo claim here: latents crowd each other"
-    return said if found.confident else f"{said}\nNo claim here: {found.worth}"
+    return said if found.confident else f"{said}\nNo claim here: {found.worth.brief}"
 
 
 def _said(labels: Labels | None) -> dict[tuple[int, ...], str]:

@@ -199,7 +199,7 @@ def _cluster_lines(found: Redundancy, points: pd.DataFrame, look: Look) -> hv.Se
 
 def _title(found: Redundancy, points: pd.DataFrame) -> str:
     worth = found.worth("duplicate")
-    no_claim = f"\nNo claim about duplicates here: {worth}" if found.duplicate.any() and not worth.confident else ""
+    no_claim = f"\nNo claim about duplicates here: {worth.brief}" if found.duplicate.any() and not worth.confident else ""
     return f"{_counted(found, points)}{no_claim}"
 
 
