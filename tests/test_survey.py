@@ -25,6 +25,7 @@ from sdl_explorer.diagnosis import causes as causing
 from sdl_explorer.diagnosis import observe as observing
 from sdl_explorer.diagnosis.alignment import align
 from sdl_explorer.diagnosis.causes import trace_causes
+from sdl_explorer.diagnosis.cofiring import CoFiring
 from sdl_explorer.diagnosis.drift import measure_drift
 from sdl_explorer.diagnosis.examples import find_examples
 from sdl_explorer.diagnosis.explain import explain
@@ -182,6 +183,28 @@ def test_causes_of_every_latent_hold_as_many_codes_as_there_is_room_for(monkeypa
     assert 50 <= some.n_samples < 100
     assert len(some.row) <= 200
     assert_same(some.of(3), trace_causes(dictionary, data.take(slice(some.n_samples)), latent=3))
+
+
+@pytest.mark.parametrize("dense", [0, 1_000, np.inf])
+def test_what_fires_together_is_counted_by_sparse_and_by_dense_products(monkeypatch, dense):
+    """The last blocks are sparse: both ways add up."""
+    monkeypatch.setattr("sdl_explorer.diagnosis.cofiring.DENSE", dense)
+    data = HierarchyBench(magnitude_std=0.3).sample(300, torch.Generator().manual_seed(0))
+    data.inputs[200:] *= 1e-3
+    dictionary = ReLU().build(20, 20, 24, torch.Generator().manual_seed(1)).eval()
+    with torch.no_grad():
+        dictionary.b_enc.copy_(torch.linspace(-0.02, 0.0, 24))
+        fired = (dictionary.encode(data.inputs).dense() > 0).double()
+    stream = observing.Stream(dictionary, data)
+    cofiring = CoFiring(stream)
+    with evaluating(dictionary):
+        for rows in encoded(dictionary, data, block=30):
+            cofiring.add(rows)
+    together, codes = cofiring.result(), data.truth.codes.double()
+    np.testing.assert_array_equal(together.count.toarray(), (fired.T @ (codes > 0).double()).numpy())
+    np.testing.assert_allclose(together.total.toarray(), (fired.T @ codes).numpy(), rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(together.fired, fired.sum(dim=0).numpy())
+    np.testing.assert_array_equal(together.active, (codes > 0).sum(dim=0).numpy())
 
 
 @pytest.mark.parametrize("of", ["anchors", "labels", "clusters"])

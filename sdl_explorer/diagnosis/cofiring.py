@@ -16,6 +16,8 @@ from sdl_explorer.models.dictionary import SparseDictionary
 
 PAIRS = 2**23  # latent-feature pairs that wait before they are added up
 STRIPS = 32
+DENSE = 1_000  # a pair in a sparse product takes that much longer than one of latent, feature and row in a dense one
+MOST_CELLS = 2**26  # n_latents * n_features up to which there are dense products
 
 
 class Together(NamedTuple):
@@ -52,10 +54,10 @@ class CoFiring(Accumulator):
         self.entries: list[tuple[np.ndarray, np.ndarray]] = []  # (feature, value) of every active code
         self.waiting: list[tuple[Csr, Csr]] = []
         self.pairs = 0
+        self.dense: tuple[Tensor, Tensor] | None = None  # total and count of the blocks in which most latents fire
         self.done: Together | None = None
 
     def add(self, rows: Rows) -> None:
-        latent, row, _ = (part.cpu().numpy() for part in rows.entries)
         codes = self.codes[rows.start : rows.start + rows.n]
         where = codes > 0
         line, feature = (part.cpu().numpy() for part in where.nonzero(as_tuple=True))
@@ -63,17 +65,34 @@ class CoFiring(Accumulator):
         self.n += rows.n
         self.fired += rows.count.cpu().numpy()
         self.entries.append((feature.astype(np.int32), value))
+        n_active = np.bincount(line, minlength=rows.n)
+        if not rows.sparse and self._many(int((rows.fired.sum(dim=1).cpu().numpy() * n_active).sum()), rows.n):
+            self._add_dense(rows, codes)
+            return
+        latent, row, _ = (part.cpu().numpy() for part in rows.entries)
         # one product gives both sums: the code in the real part, the count in the imaginary one
         fires = csr_array((np.ones(len(row), dtype=np.complex64), (latent, row)), shape=(self.n_latents, rows.n))
         active = csr_array((value + np.complex64(1j), (line, feature)), shape=(rows.n, self.n_features))
         self.waiting.append((fires, active))
-        self.pairs += int(np.bincount(row, minlength=rows.n) @ np.bincount(line, minlength=rows.n))
+        self.pairs += int(np.bincount(row, minlength=rows.n) @ n_active)
         if self.pairs >= PAIRS:
             self._flush()
+
+    def _many(self, pairs: int, n: int) -> bool:
+        cells = self.n_latents * self.n_features
+        return cells <= MOST_CELLS and DENSE * pairs > n * cells
+
+    def _add_dense(self, rows: Rows, codes: Tensor) -> None:
+        fires, codes = rows.fired.float(), codes.to(rows.fired.device).float().relu()
+        if self.dense is None:
+            self.dense = fires.new_zeros(self.n_latents, self.n_features), fires.new_zeros(self.n_latents, self.n_features)
+        for sums, values in zip(self.dense, (codes, (codes > 0).float()), strict=True):
+            sums.addmm_(fires.T, values)
 
     def result(self) -> Together:
         if self.done is None:
             self._flush()
+            self._gather()
             feature, value = self._active()
             count, total = self._matrices()
             self.done = Together(
@@ -124,6 +143,14 @@ class CoFiring(Accumulator):
             for i, strip in enumerate(self.strips):
                 self.both[i] = self.both[i] + fires[strip] @ active
         self.waiting, self.pairs = [], 0
+
+    def _gather(self) -> None:
+        """What is in dense sums, to the rest."""
+        if self.dense is not None:
+            for i, strip in enumerate(self.strips):
+                total, count = (side[strip].cpu().numpy() for side in self.dense)
+                self.both[i] = self.both[i] + csr_array(total + np.complex64(1j) * count)
+            self.dense = None
 
 
 def true_codes(activations: Activations) -> Float[Tensor, "n n_features"]:
