@@ -13,7 +13,7 @@ from sdl_explorer.views.theme import EDGE, GRID, SPARES, TEXT
 from sdl_explorer.views.view import view
 from sdl_explorer.views.words import NOT_COMPUTED, count, plural
 
-DEEPEST = 6  # decades below the largest contribution that are drawn; what adds less stands with what adds nothing
+DEEPEST = 6.0  # decades below the largest contribution that are drawn; what adds less stands with what adds nothing
 NAMED = 6  # members of a cluster that are named
 COLUMNS = (
     "latent",
