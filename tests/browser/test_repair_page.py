@@ -64,4 +64,10 @@ def test_from_the_problem_to_its_repair(page: Page, address):
     press("trial-run")
     expect(part("card-R6 .sdlx-reading")).to_contain_text("Resample, 5 steps: 6 treated, 6 sham, 6 untouched.", timeout=SLOW)
     expect(part("card-R6").locator("canvas").first).to_be_visible(timeout=SLOW)
-    expect(page.locator(".sdlx-status").first).to_contain_text("step 160", timeout=SLOW)  # nothing of this was applied
+    write("repair-steps", "20000")  # minutes, unless it is stopped
+    write("repair-budget", "900000")
+    press("repair-run")
+    expect(part("repair-said")).to_contain_text("Trying repairs", timeout=SLOW)
+    press("repair-stop")
+    expect(part("repair-said")).to_have_text("Stopped. Nothing passed, so there is nothing to apply; the model is as it was.", timeout=SLOW)
+    expect(part("status")).to_contain_text("step 160", timeout=SLOW)  # nothing of this was applied
