@@ -208,7 +208,7 @@ def test_what_fires_together_is_counted_by_sparse_and_by_dense_products(monkeypa
 
 
 @pytest.mark.parametrize("of", ["anchors", "labels", "clusters"])
-def test_groups_in_blocks_of_any_size(of):
+def test_groups_in_blocks_of_any_size(monkeypatch, of):
     data = HierarchyBench(magnitude_std=0.3).sample(300, torch.Generator().manual_seed(0))
     data = replace(data, labels=torch.arange(300) % 3 if of == "labels" else None)
     dictionary = ReLU().build(20, 20, 24, torch.Generator().manual_seed(1)).eval()
@@ -216,6 +216,8 @@ def test_groups_in_blocks_of_any_size(of):
     whole, split = (observe(dictionary, data, [(trace_groups, {"anchors": anchors, "n_clusters": 4})], block=b)[0] for b in (300, 7))
     assert whole.of == split.of == of
     assert_same(whole, split)
+    monkeypatch.setattr("sdl_explorer.diagnosis.rows.SPARSE", 2.0)  # by entries, not by sums over dense codes
+    assert_same(whole, trace_groups(dictionary, data, anchors=anchors, n_clusters=4))
 
 
 @pytest.mark.parametrize(("method", "block"), [(TopK(k=4), 7), (BatchTopK(k=4), 64), (ReLU(), 20), (JumpReLU(), 100)])

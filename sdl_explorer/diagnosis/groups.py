@@ -85,12 +85,12 @@ class _Tracer(Accumulator):
         self.both: Csr = csr_array((stream.dictionary.n_latents, len(self.names)), dtype=np.complex128)
 
     def add(self, rows: Rows) -> None:
-        latent, row, value = (part.cpu().numpy() for part in rows.entries)
+        group = self.group[rows.start : rows.start + rows.n]
         self.n += rows.n
         self.fired += rows.count.cpu().numpy()
         # one matrix holds both sums: codes in the real part, counts in the imaginary one
-        seen = (value + 1j).astype(np.complex128), (latent, self.group[row + rows.start])
-        self.both = self.both + csr_array(seen, shape=self.both.shape)
+        latent, place, value = _entries(rows, group) if rows.sparse else _sums(rows, group)
+        self.both = self.both + csr_array((value, (latent, place)), shape=self.both.shape, dtype=np.complex128)
 
     def result(self) -> Groups:
         both, sizes = self.both, np.bincount(self.group, minlength=len(self.names))
@@ -155,6 +155,21 @@ def _groups(stream: Stream, anchors: Anchors | None, n_clusters: int, seed: int)
         group, names = _nearest(activations, mean, centres), tuple(f"cluster {g}" for g in range(len(centres)))
     present, place = group.unique(return_inverse=True)
     return of, tuple(names[g] for g in present.tolist()), place.numpy()
+
+
+def _entries(rows: Rows, group: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(latent, group, code + i) of every code that fires."""
+    latent, row, value = (part.cpu().numpy() for part in rows.entries)
+    return latent, group[row], value + 1j
+
+
+def _sums(rows: Rows, group: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The same, added up over each group's rows."""
+    present, place = np.unique(group, return_inverse=True)
+    nothing = torch.zeros(len(present), rows.n_latents, dtype=torch.float64)
+    total, count = (nothing.index_add(0, torch.as_tensor(place), side.cpu().double()).numpy() for side in (rows.codes, rows.fired))
+    some, latent = count.nonzero()
+    return latent, present[some], total[some, latent] + 1j * count[some, latent]
 
 
 def _nearest(activations: Activations, mean: Tensor, centres: Tensor, least: float = -2.0) -> Tensor:
