@@ -86,7 +86,7 @@ class Studies(Running):
         """One run in which chance gives each candidate the intervention, its sham (random directions) or nothing; see `Trial`.
 
         `intervention` changes single latents (Resample, Realign, Anchor, Prune); its `latents` are the candidates. All happens to a
-        copy of the state, on `n` judge rows. stop() ends it (raises `Stopped`). The session is left as it was.
+        copy of the state, on `n` judge rows. stop() ends it (raises `Stopped`). The session is left as it was; `last_trial` keeps it.
         """
         steps, rows = count("trial: n_steps", n_steps), self._judge_rows(n).to(self.device)
         anchors = self.anchors if rows.truth is None else None
@@ -110,7 +110,7 @@ class Studies(Running):
 
         `budget`: training steps to spend in all. A try takes `runs` pairs of three arms of `n_steps`, judged on `n` judge rows. All
         trying happens on a branch; at the end what passed is applied to this session, an intervention a commit. With `apply=False`, or
-        where stop() ended it, the session is left as it was, and `Repair.apply(session)` applies what passed.
+        where stop() ended it, the session is left as it was, and `Repair.apply(session)` applies what passed. `last_repair` keeps it.
         """
         budget, n_steps, runs = (count(f"repair: {name}", v) for name, v in (("budget", budget), ("n_steps", n_steps), ("runs", runs)))
         if apply:
