@@ -105,6 +105,7 @@ def test_a_survey_equals_each_finding_alone(small):
         assert_same(survey[finding], fresh.find(finding, n=200))
         assert session.find(finding, n=200) is survey[finding]
     assert survey["check_health"] is survey[check_health]
+    assert len(repr(survey).splitlines()) == 1 + len(FINDINGS)
 
 
 def test_every_finding_is_in_a_survey_or_says_why_not():

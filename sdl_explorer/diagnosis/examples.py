@@ -25,7 +25,7 @@ class Example(NamedTuple):
     value: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ExampleSet:
     """Examples of all latents: latent i owns entries offsets[i]:offsets[i + 1] of `rows`, `values` and `kinds`.
 
@@ -40,6 +40,9 @@ class ExampleSet:
     kinds: Int[np.ndarray, " n_examples"]
     n_fires: Int[np.ndarray, " n_latents"]
     highest: Float[np.ndarray, " n_latents"]
+
+    def __repr__(self) -> str:
+        return f"ExampleSet({len(self.rows):,} examples of {self.n_latents:,} latents on {self.n_samples:,} rows)"
 
     @property
     def n_latents(self) -> int:
