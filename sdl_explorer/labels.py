@@ -129,11 +129,11 @@ def _parsed(line: bytes, place: str) -> Label:
         version = record.pop("format_version")
         if version > FORMAT_VERSION:
             raise ValueError(f"{place}: format_version is {version}, this sdl_explorer reads up to {FORMAT_VERSION}; upgrade it.")
-        label = Label(**record | {"about": tuple(record["about"])})
-        if not isinstance(label.says, str) or not all(isinstance(latent, int) for latent in label.about):
-            raise TypeError("about holds latents and says a word")
+        about, says = record["about"], record["says"]
+        if not isinstance(says, str) or not isinstance(about, list) or not all(isinstance(latent, int) for latent in about):
+            raise TypeError("about holds latents, and says a word")
+        return Label(**record | {"about": tuple(about)})
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         if "upgrade it" in str(error):
             raise
         raise ValueError(f"{place}: {line[:60]!r} is no label ({error}); mend the line or remove it.") from error
-    return label
