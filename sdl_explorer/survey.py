@@ -36,6 +36,7 @@ from sdl_explorer.diagnosis.observe import MOST_ROWS, Kept
 from sdl_explorer.diagnosis.patterns import trace_patterns
 from sdl_explorer.diagnosis.recovery import score_recovery
 from sdl_explorer.diagnosis.redundancy import find_redundant
+from sdl_explorer.diagnosis.theory import check_theory
 from sdl_explorer.models.atomic import write_file
 from sdl_explorer.models.dictionary import Latents, SparseDictionary
 from sdl_explorer.models.formats.files import read_tensors, tensor_bytes
@@ -46,7 +47,7 @@ ALWAYS = (check_health, find_examples, find_redundant, suspect_polysemantic, sus
 COMPARED = (align,)  # with true features or anchors
 WITH_TRUTH = (trace_patterns, score_recovery, find_absorption, trace_causes)
 WITH_PINS = (measure_drift,)
-LAST = (explain,)  # made of what the others found
+LAST = (explain, check_theory)  # made of what the others found, and what needs the room that they leave
 BY_ITSELF = {
     "find_twins": "it compares with another dictionary",
     "count_pairs": "it counts the latents that somebody chose",
@@ -54,7 +55,6 @@ BY_ITSELF = {
     "measure_contributions": "find_redundant has the same as `explained` and `firing_rate`",
     "score_absorption": "it fits probes",
     "probe_landscape": "it trains two latents again from where they are kicked",
-    "check_theory": "it keeps every feature with every latent in double precision, more than all of a survey",
 }
 KEEP_CODES = 1_000_000_000  # bytes of one survey; later blocks are encoded again where that is not enough
 KEEP_SURVEYS = 4  # of a run, the newest

@@ -1,5 +1,6 @@
 """What the theory cards share: each feature shown alone in double precision, and the sums of one pass over the rows."""
 
+from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,6 +18,7 @@ from sdl_explorer.diagnosis.theory_cards import Assumption
 from sdl_explorer.models.dictionary import Nonlinearity, Pointwise, SparseDictionary
 
 LARGEST = 2**26  # cells of n_features x n_latents in double precision: 512 MB
+CELLS = 2**20  # of them that are worked on at once
 UNIT = 1e-3  # how far from 1 the norm of a unit direction may be
 REJECT = 1e-3  # chance of calling independent features dependent
 
@@ -121,12 +123,23 @@ class Model:
     def alone(self, inputs: Tensor) -> Tensor:
         """The codes of each row of inputs."""
         if self.masks_only or isinstance(self.sigma, Pointwise):
-            return self.codes(inputs @ self.W_enc.T + self.b_enc)
+            found = torch.empty(len(inputs), len(self.W_enc), dtype=torch.float64)
+            for some, pre in pre_activations(inputs, self.W_enc, self.b_enc):
+                found[some] = self.codes(pre)
+            return found
         return self.dictionary.encode(inputs.to(self.dictionary.W_enc)).dense().double().cpu()
 
     def fires(self, codes: Tensor) -> Tensor:
         """Which codes of unit inputs are firing: above rounding."""
         return codes > FIRES * self.W_enc.norm(dim=1)
+
+
+def pre_activations(inputs: Tensor, W_enc: Tensor, b_enc: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """W_enc x + b_enc of a few rows of inputs at a time."""
+    step = max(1, CELLS // len(W_enc))
+    for start in range(0, len(inputs), step):
+        some = slice(start, start + step)
+        yield some, inputs[some] @ W_enc.T + b_enc
 
 
 class Facts:

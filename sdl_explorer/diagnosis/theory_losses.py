@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 from sdl_explorer.diagnosis.theory_cards import PAPER, Assumption, Found, Text, TheoryCard, Witness, card
-from sdl_explorer.diagnosis.theory_facts import Facts
+from sdl_explorer.diagnosis.theory_facts import Facts, pre_activations
 
 T1 = Text(
     "T1",
@@ -80,9 +80,10 @@ def check_construction(facts: Facts) -> TheoryCard:
     shared = [room, facts.unit("target"), facts.masks(), facts.weighed()]
     if not room.met or not facts.model.masks_only:
         return _card(facts, T3, shared, Found("not checkable", "the solution cannot be built", witness=Witness(f"pair {pair}", pair)))
-    pre = torch.zeros(n, facts.n_latents, dtype=torch.float64)
-    pre[:, :n] = facts.W_p @ facts.W_p.T
-    z = facts.model.codes(pre)[:, :n]
+    rows = torch.zeros_like(facts.model.W_enc)
+    rows[:n] = facts.W_p
+    blocks = pre_activations(facts.W_p, rows, torch.zeros_like(facts.model.b_enc))
+    z = torch.cat([facts.model.codes(pre)[:, :n] for _, pre in blocks])
     residual = (facts.W_r - z @ facts.W_r).square().sum(dim=1)
     others = (z > 0).sum(dim=1).double() - 1
     left, right = float(facts.weights @ residual), n**2 * largest**2 * total

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sdl_explorer.diagnosis.observe import FIRES
 from sdl_explorer.diagnosis.theory_cards import PAPER, Assumption, Found, Text, TheoryCard, Witness, card
-from sdl_explorer.diagnosis.theory_facts import Facts
+from sdl_explorer.diagnosis.theory_facts import Facts, pre_activations
 from sdl_explorer.models.methods.jumprelu import JumpRectified
 from sdl_explorer.models.methods.relu import Rectified
 from sdl_explorer.models.methods.topk import TopKSelection
@@ -91,23 +91,29 @@ def check_partial_minimum(facts: Facts) -> TheoryCard:
 
 def look(facts: Facts, W_enc: Tensor, W_dec: Tensor) -> Point:
     """Loss, gradients and curvature of L~ at a pair of blocks, with this model's sigma and biases."""
-    pre = facts.W_p @ W_enc.T + facts.model.b_enc
-    z = facts.model.codes(pre) if facts.model.masks_only else facts.z
-    fires = z > FIRES * W_enc.norm(dim=1)
-    residual = facts.W_r - z @ W_dec - facts.model.b_dec
-    weighted = facts.weights[:, None] * residual
     scale = max(float(facts.weights @ facts.W_r.square().sum(dim=1)), np.finfo(float).tiny)
-    decoder = -2 * z.T @ weighted
-    encoder = -2 * (fires * (weighted @ W_dec.T)).T @ facts.W_p
+    loss, margins, decoder, encoder = 0.0, [], torch.zeros_like(W_dec), torch.zeros_like(W_enc)
+    fires, strength = torch.zeros(facts.n, facts.n_latents, dtype=torch.bool), torch.zeros(facts.n, dtype=torch.float64)
+    for some, pre in pre_activations(facts.W_p, W_enc, facts.model.b_enc):
+        z = facts.model.codes(pre) if facts.model.masks_only else facts.z[some]
+        on = z > FIRES * W_enc.norm(dim=1)
+        residual = facts.W_r[some] - z @ W_dec - facts.model.b_dec
+        weighted = facts.weights[some, None] * residual
+        loss += float(weighted.mul(residual).sum())
+        decoder -= 2 * z.T @ weighted
+        encoder -= 2 * (on * (weighted @ W_dec.T)).T @ facts.W_p[some]
+        margins.append(_margin(facts, pre, on))
+        fires[some], strength[some] = on, (z * on).sum(dim=1)
     relative = lambda gradient, rows: float((gradient.norm(dim=1) * rows.norm(dim=1)).sum()) / scale
-    partition = bool((fires.sum(dim=1) == 1).all())
-    curvatures = [_curvature(facts, i, fires, z, W_dec) for i in torch.nonzero(fires.any(dim=0))[:, 0].tolist()] if partition else []
+    owners = torch.nonzero(fires.any(dim=0))[:, 0].tolist() if bool((fires.sum(dim=1) == 1).all()) else []
+    curvatures = [_curvature(facts, i, fires[:, i], strength, W_dec) for i in owners]
+    longest = float(W_enc.norm(dim=1).max())
     return Point(
-        loss=float(weighted.mul(residual).sum()),
+        loss=loss,
         decoder=relative(decoder, W_dec),
         encoder=relative(encoder, W_enc),
         curvature=min(curvatures, default=float("nan")),
-        margin=_margin(facts, pre, fires, W_enc),
+        margin=min(margins) / longest if longest > 0 else 0.0,
     )
 
 
@@ -219,16 +225,15 @@ def _card(facts: Facts, assumptions: list[Assumption], found: Found) -> TheoryCa
     return card(T5, assumptions, found, facts.sums.n, facts.tolerance)
 
 
-def _curvature(facts: Facts, latent: int, fires: Tensor, z: Tensor, W_dec: Tensor) -> float:
+def _curvature(facts: Facts, latent: int, own: Tensor, strength: Tensor, W_dec: Tensor) -> float:
     """Smallest over largest eigenvalue of the Hessian of sum_{F_i} M_d |w_r^d - w <e, w_p^d>|^2 in (w, e), at |w| = 1.
 
     H_ww = 2 sum M_d a_d^2 I,  H_ee = 2 |w|^2 sum M_d p_d p_d^T,  H_we = -2 sum M_d (w_r^d - 2 a_d w) p_d^T;  p_d in the span of F_i.
     """
-    own = fires[:, latent]
     norm = float(W_dec[latent].norm())
     if norm == 0:
         return 0.0
-    w, a = W_dec[latent] / norm, z[own, latent] * norm
+    w, a = W_dec[latent] / norm, strength[own] * norm
     weights, targets = facts.weights[own], facts.W_r[own]
     _, sizes, axes = torch.linalg.svd(facts.W_p[own], full_matrices=False)
     p = facts.W_p[own] @ axes[sizes > 1e-9 * sizes[0]].T
@@ -242,8 +247,8 @@ def _curvature(facts: Facts, latent: int, fires: Tensor, z: Tensor, W_dec: Tenso
     return float(values[0] / values[-1])
 
 
-def _margin(facts: Facts, pre: Tensor, fires: Tensor, W_enc: Tensor) -> float:
-    """The least distance of a pre-activation from where its latent's set would change, over the longest encoder row."""
+def _margin(facts: Facts, pre: Tensor, fires: Tensor) -> float:
+    """The least distance of a pre-activation from where its latent's set would change."""
     sigma = facts.model.sigma
     if type(sigma) not in (Rectified, JumpRectified, TopKSelection):
         return float("nan")
@@ -253,8 +258,7 @@ def _margin(facts: Facts, pre: Tensor, fires: Tensor, W_enc: Tensor) -> float:
         full = fires.sum(dim=1, keepdim=True) == sigma.k
         lowest = torch.where(fires, distance, torch.inf).amin(dim=1, keepdim=True)
         slack = torch.where(full & ~fires, torch.maximum(lowest - distance, -distance), slack)
-    longest = float(W_enc.norm(dim=1).max())
-    return float(slack.min()) / longest if longest > 0 else 0.0
+    return float(slack.min())
 
 
 def _distances(facts: Facts, sets: Tensor) -> dict[str, float | str]:
