@@ -260,6 +260,7 @@ def test_nothing_found_gives_words(one):
     assert " ".join(text.data[2].split()) == why
 
 
+@pytest.mark.slow
 @every_view
 @pytest.mark.parametrize("selected", [(3,), (0, 1, 2)])
 def test_it_draws_any_selection(one, selected, found):
@@ -267,6 +268,7 @@ def test_it_draws_any_selection(one, selected, found):
     hv.render(one(*given(one, found), look), backend="bokeh")
 
 
+@pytest.mark.slow
 @every_view
 def test_it_survives_numbers_that_are_not_finite(one, found):
     broken = [spoilt(f) for f in given(one, found)]
