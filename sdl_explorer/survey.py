@@ -45,9 +45,9 @@ from sdl_explorer.training.state import threads_for
 
 ALWAYS = (check_health, find_examples, find_redundant, suspect_polysemantic, suspect_absorption, trace_groups)
 COMPARED = (align,)  # with true features or anchors
-WITH_TRUTH = (trace_patterns, score_recovery, find_absorption, trace_causes)
+WITH_TRUTH = (check_theory, trace_patterns, score_recovery, find_absorption, trace_causes)
 WITH_PINS = (measure_drift,)
-LAST = (explain, check_theory)  # made of what the others found, and what needs the room that they leave
+LAST = (explain,)  # made of what the others found
 BY_ITSELF = {
     "find_twins": "it compares with another dictionary",
     "count_pairs": "it counts the latents that somebody chose",

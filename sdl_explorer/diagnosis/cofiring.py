@@ -36,6 +36,11 @@ class Together(NamedTuple):
     strength: Float[np.ndarray, " n_features"]
 
 
+def strips(n: int) -> list[slice]:
+    """Rows of a large sparse matrix, a few at a time."""
+    return [slice(a, b) for a, b in pairwise(np.unique(np.linspace(0, n, STRIPS + 1).astype(int)).tolist())]
+
+
 class CoFiring(Accumulator):
     """Collects `Together`, and the activations of each feature. Needs the true codes.
 
@@ -48,8 +53,7 @@ class CoFiring(Accumulator):
         self.n_features = self.codes.shape[1]
         self.n, self.fired = 0, np.zeros(self.n_latents, dtype=np.int64)
         # in strips of latents, so that adding to one takes little room
-        ends = np.unique(np.linspace(0, self.n_latents, STRIPS + 1).astype(np.int64))
-        self.strips = [slice(a, b) for a, b in pairwise(ends)]
+        self.strips = strips(self.n_latents)
         self.both: list[Csr] = [csr_array((s.stop - s.start, self.n_features), dtype=np.complex64) for s in self.strips]
         self.entries: list[tuple[np.ndarray, np.ndarray]] = []  # (feature, value) of every active code
         self.waiting: list[tuple[Csr, Csr]] = []

@@ -138,16 +138,20 @@ def observe(
         if progress is not None:
             progress(done)
 
-    with evaluating(dictionary):
-        stream = Stream(dictionary, activations, pulse)
-        wanted = [stream.ask(function, settings) for function, settings in requests]
+    def feed() -> None:
+        nonlocal done
         fed = [*stream.shared.values(), *(one.accumulator for one in stream.asked if one.accumulator is not None)]
         for rows in encoded(dictionary, activations, block, kept):
             for accumulator in fed:
                 accumulator.add(rows)
             done = (rows.start + rows.n) / activations.n
             pulse()
-        fed.clear()
+
+    with evaluating(dictionary):
+        stream = Stream(dictionary, activations, pulse)
+        wanted = [stream.ask(function, settings) for function, settings in requests]
+        feed()
+        stream.shared.clear()  # whoever reads one holds it
         return [one.result() for one in wanted]  # each makes room for the next
 
 

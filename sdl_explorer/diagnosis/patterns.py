@@ -6,11 +6,12 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
+from scipy.sparse import csr_array, vstack
 from torch import Tensor
 
 from sdl_explorer.data.activations import Activations
 from sdl_explorer.diagnosis.alone import respond_alone, scales_freely
-from sdl_explorer.diagnosis.cofiring import CoFiring, true_directions
+from sdl_explorer.diagnosis.cofiring import CoFiring, strips, true_directions
 from sdl_explorer.diagnosis.observe import Accumulator, Rows, Stream, finding, observe
 from sdl_explorer.diagnosis.sparse import Csr, like, only, overlaps, row_maxima, row_of, row_sums
 from sdl_explorer.diagnosis.spiked import STANDS, Spikes
@@ -206,15 +207,19 @@ class _Tracer(Accumulator):
         drive_ik = sum over the latent's firing rows of relu(codes_k <W_enc_i, w_p^k>);  p_k = drive_ik / sum_k drive_ik
         """
         together = self.cofiring.result()
-        drive = overlaps(self.stream.dictionary.W_enc, self.features.inputs, together.total)
-        kept = np.multiply(np.maximum(drive, 0, out=drive), together.total.data, out=drive) > 0
-        drive, count = only(like(together.total, drive), kept), together.count.data[kept]
-        context = like(drive, np.divide(count, together.active.astype(np.float32)[drive.indices], out=count))
-        known = row_sums(drive)
-        other = np.zeros_like(known) if self.unknown is None else self.unknown.result()[1]
-        total = known + other
-        share = like(drive, drive.data / total.astype(np.float32)[row_of(drive)])
-        return context, share, np.divide(other, total, out=np.zeros_like(total), where=total > 0)
+        other = np.zeros(len(together.fired)) if self.unknown is None else self.unknown.result()[1]
+        active, contexts, shares, rest = together.active.astype(np.float32), [], [], []
+        for some in strips(len(other)):  # a few latents at a time, for room
+            of = together.total[some]
+            drive = overlaps(self.stream.dictionary.W_enc[some], self.features.inputs, of)
+            kept = np.multiply(np.maximum(drive, 0, out=drive), of.data, out=drive) > 0
+            drive, count = only(like(of, drive), kept), together.count[some].data[kept]
+            contexts.append(like(drive, count / active[drive.indices]))
+            total = row_sums(drive) + other[some]
+            shares.append(drive.data / total.astype(np.float32)[row_of(drive)])
+            rest.append(np.divide(other[some], total, out=np.zeros_like(total), where=total > 0))
+        context: Csr = csr_array(vstack(contexts, format="csr"))
+        return context, like(context, np.concatenate(shares)), np.concatenate(rest)
 
 
 @finding(_Tracer)

@@ -4,7 +4,7 @@ import torch
 from torch import Generator, Tensor
 
 from sdl_explorer.diagnosis.theory_cards import PAPER, Assumption, Found, Text, TheoryCard, Witness, card
-from sdl_explorer.diagnosis.theory_facts import Facts
+from sdl_explorer.diagnosis.theory_facts import CELLS, Facts
 from sdl_explorer.models.methods.topk import BatchTopKSelection
 
 T2 = Text(
@@ -14,7 +14,6 @@ T2 = Text(
     f"{PAPER}, Theorem 3.2 (v3, v5/6; absent in v2)",
 )
 MOVED = 256  # latents that one segment moves
-CELLS = 2**18  # features x latents that one segment encodes
 SHRINKS = 20
 ROUNDING = 1e-9  # of the loss at the ends
 
@@ -79,6 +78,7 @@ class _Segment:
         self.facts, self.latents = facts, latents
         self.features = torch.randperm(facts.n, generator=generator)[: max(1, CELLS // facts.n_latents)]
         self.W_p, self.pattern = facts.W_p[self.features], facts.pattern[self.features]
+        self.z = facts.model.alone(self.W_p)[:, latents]
         self.W_enc, self.W_dec = facts.model.W_enc[latents], facts.model.W_dec[latents]
         self.pre = self.W_p @ facts.model.W_enc.T + facts.model.b_enc
         draw = lambda like: torch.randn(like.shape, generator=generator, dtype=torch.float64) * _size(like)
@@ -122,7 +122,7 @@ class _Segment:
     def _loss(self, codes: Tensor, W_dec: Tensor) -> float:
         """L~ with these codes, and these decoder rows for the latents moved."""
         facts, some = self.facts, self.features
-        change = codes[:, self.latents] @ W_dec - facts.z[some][:, self.latents] @ self.W_dec
+        change = codes[:, self.latents] @ W_dec - self.z @ self.W_dec
         return float(facts.weights[some] @ (facts.residual[some] - change).square().sum(dim=1))
 
 

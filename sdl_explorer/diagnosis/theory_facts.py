@@ -18,7 +18,7 @@ from sdl_explorer.diagnosis.theory_cards import Assumption
 from sdl_explorer.models.dictionary import Nonlinearity, Pointwise, SparseDictionary
 
 LARGEST = 2**26  # cells of n_features x n_latents in double precision: 512 MB
-CELLS = 2**20  # of them that are worked on at once
+CELLS = 2**18  # of them that are worked on at once
 UNIT = 1e-3  # how far from 1 the norm of a unit direction may be
 REJECT = 1e-3  # chance of calling independent features dependent
 
@@ -123,10 +123,7 @@ class Model:
     def alone(self, inputs: Tensor) -> Tensor:
         """The codes of each row of inputs."""
         if self.masks_only or isinstance(self.sigma, Pointwise):
-            found = torch.empty(len(inputs), len(self.W_enc), dtype=torch.float64)
-            for some, pre in pre_activations(inputs, self.W_enc, self.b_enc):
-                found[some] = self.codes(pre)
-            return found
+            return self.codes(inputs @ self.W_enc.T + self.b_enc)
         return self.dictionary.encode(inputs.to(self.dictionary.W_enc)).dense().double().cpu()
 
     def fires(self, codes: Tensor) -> Tensor:
@@ -134,12 +131,10 @@ class Model:
         return codes > FIRES * self.W_enc.norm(dim=1)
 
 
-def pre_activations(inputs: Tensor, W_enc: Tensor, b_enc: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """W_enc x + b_enc of a few rows of inputs at a time."""
-    step = max(1, CELLS // len(W_enc))
-    for start in range(0, len(inputs), step):
-        some = slice(start, start + step)
-        yield some, inputs[some] @ W_enc.T + b_enc
+def blocks(n: int, width: int) -> Iterator[slice]:
+    """Rows of an n x width array, as many at a time as are worked on at once."""
+    step = max(1, CELLS // width)
+    return (slice(start, start + step) for start in range(0, n, step))
 
 
 class Facts:
@@ -154,18 +149,28 @@ class Facts:
 
     @cached_property
     def z(self) -> Tensor:
-        """z_d = sigma(W_enc w_p^d), (n_features, n_latents)."""
-        return self.model.alone(self.W_p)
+        """z_d = sigma(W_enc w_p^d), (n_features, n_latents): large, and made only where it is needed whole."""
+        return torch.cat([z for _, z in self.codes()])
+
+    def codes(self) -> Iterator[tuple[slice, Tensor]]:
+        """z_d of a few features at a time."""
+        for some in blocks(self.n, self.n_latents):
+            yield some, self.model.alone(self.W_p[some])
 
     @cached_property
     def pattern(self) -> Tensor:
         """F_i as columns: which features fire latent i alone, bool (n_features, n_latents)."""
-        return self.model.fires(self.z)
+        return torch.cat([self.model.fires(z) for _, z in self.codes()])
+
+    @cached_property
+    def sizes(self) -> Tensor:
+        """|F_i| of each latent; numpy adds booleans without a copy in integers."""
+        return torch.from_numpy(self.pattern.numpy().sum(axis=0))
 
     @cached_property
     def residual(self) -> Tensor:
         """w_r^d - W_dec^T z_d - b_dec, (n_features, d_out)."""
-        return self.W_r - self.z @ self.model.W_dec - self.model.b_dec
+        return torch.cat([self.W_r[some] - z @ self.model.W_dec - self.model.b_dec for some, z in self.codes()])
 
     @cached_property
     def loss(self) -> float:

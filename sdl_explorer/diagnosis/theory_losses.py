@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 from sdl_explorer.diagnosis.theory_cards import PAPER, Assumption, Found, Text, TheoryCard, Witness, card
-from sdl_explorer.diagnosis.theory_facts import Facts, pre_activations
+from sdl_explorer.diagnosis.theory_facts import Facts, blocks
 
 T1 = Text(
     "T1",
@@ -82,8 +82,7 @@ def check_construction(facts: Facts) -> TheoryCard:
         return _card(facts, T3, shared, Found("not checkable", "the solution cannot be built", witness=Witness(f"pair {pair}", pair)))
     rows = torch.zeros_like(facts.model.W_enc)
     rows[:n] = facts.W_p
-    blocks = pre_activations(facts.W_p, rows, torch.zeros_like(facts.model.b_enc))
-    z = torch.cat([facts.model.codes(pre)[:, :n] for _, pre in blocks])
+    z = torch.cat([facts.model.codes(facts.W_p[some] @ rows.T)[:, :n] for some in blocks(n, len(rows))])
     residual = (facts.W_r - z @ facts.W_r).square().sum(dim=1)
     others = (z > 0).sum(dim=1).double() - 1
     left, right = float(facts.weights @ residual), n**2 * largest**2 * total
@@ -169,8 +168,9 @@ def _card(facts: Facts, text: Text, own: list[Assumption], found: Found) -> Theo
 
 def _recovery(rows: torch.Tensor, features: torch.Tensor, tau: float = 0.95) -> dict[str, float]:
     """M_GT at tau and M_IP, by signed cosine; a row of zeros has none."""
-    norms = rows.norm(dim=1, keepdim=True)
-    best = (features @ (rows / torch.where(norms > 0, norms, 1.0)).T).amax(dim=1)
+    norms = rows.norm(dim=1)
+    norms = torch.where(norms > 0, norms, 1.0)
+    best = torch.cat([(features[some] @ rows.T / norms).amax(dim=1) for some in blocks(len(features), len(rows))])
     return {"M_GT": float((best > tau).double().mean()), "M_IP": float(best.mean())}
 
 

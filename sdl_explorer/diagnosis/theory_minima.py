@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sdl_explorer.diagnosis.observe import FIRES
 from sdl_explorer.diagnosis.theory_cards import PAPER, Assumption, Found, Text, TheoryCard, Witness, card
-from sdl_explorer.diagnosis.theory_facts import Facts, pre_activations
+from sdl_explorer.diagnosis.theory_facts import Facts, blocks
 from sdl_explorer.models.methods.jumprelu import JumpRectified
 from sdl_explorer.models.methods.relu import Rectified
 from sdl_explorer.models.methods.topk import TopKSelection
@@ -68,8 +68,8 @@ def check_partial_minimum(facts: Facts) -> TheoryCard:
         "joint second-order test here": here.joint,
         "curvature here": here.curvature,
         "margin here": here.margin,
-        "latents with an empty set": float((~sets.any(dim=1)).sum()),
-        "latents with two features or more": float((sets.sum(dim=1) > 1).sum()),
+        "latents with an empty set": float((facts.sizes == 0).sum()),
+        "latents with two features or more": float((facts.sizes > 1).sum()),
     }
     if any(a.met is not True for a in assumptions):
         return _card(facts, assumptions, Found("not checkable", "", numbers=numbers))
@@ -92,20 +92,22 @@ def check_partial_minimum(facts: Facts) -> TheoryCard:
 def look(facts: Facts, W_enc: Tensor, W_dec: Tensor) -> Point:
     """Loss, gradients and curvature of L~ at a pair of blocks, with this model's sigma and biases."""
     scale = max(float(facts.weights @ facts.W_r.square().sum(dim=1)), np.finfo(float).tiny)
-    loss, margins, decoder, encoder = 0.0, [], torch.zeros_like(W_dec), torch.zeros_like(W_enc)
+    loss, partition, margins, decoder, encoder = 0.0, True, [], torch.zeros_like(W_dec), torch.zeros_like(W_enc)
     fires, strength = torch.zeros(facts.n, facts.n_latents, dtype=torch.bool), torch.zeros(facts.n, dtype=torch.float64)
-    for some, pre in pre_activations(facts.W_p, W_enc, facts.model.b_enc):
-        z = facts.model.codes(pre) if facts.model.masks_only else facts.z[some]
+    for some in blocks(facts.n, facts.n_latents):
+        pre = facts.W_p[some] @ W_enc.T + facts.model.b_enc
+        z = facts.model.codes(pre) if facts.model.masks_only else facts.model.alone(facts.W_p[some])
         on = z > FIRES * W_enc.norm(dim=1)
         residual = facts.W_r[some] - z @ W_dec - facts.model.b_dec
         weighted = facts.weights[some, None] * residual
         loss += float(weighted.mul(residual).sum())
-        decoder -= 2 * z.T @ weighted
-        encoder -= 2 * (on * (weighted @ W_dec.T)).T @ facts.W_p[some]
+        decoder.addmm_(z.T, weighted, alpha=-2)
+        encoder.addmm_((on * (weighted @ W_dec.T)).T, facts.W_p[some], alpha=-2)
         margins.append(_margin(facts, pre, on))
         fires[some], strength[some] = on, (z * on).sum(dim=1)
+        partition = partition and bool((on.sum(dim=1) == 1).all())
     relative = lambda gradient, rows: float((gradient.norm(dim=1) * rows.norm(dim=1)).sum()) / scale
-    owners = torch.nonzero(fires.any(dim=0))[:, 0].tolist() if bool((fires.sum(dim=1) == 1).all()) else []
+    owners = torch.nonzero(fires.any(dim=0))[:, 0].tolist() if partition else []
     curvatures = [_curvature(facts, i, fires[:, i], strength, W_dec) for i in owners]
     longest = float(W_enc.norm(dim=1).max())
     return Point(
@@ -179,12 +181,12 @@ def positive_eigenvector(rows: np.ndarray) -> tuple[np.ndarray | None, float]:
 
 
 def _assumptions(facts: Facts, sets: Tensor) -> list[Assumption]:
-    times = sets.sum(dim=0)
+    times = torch.from_numpy(facts.pattern.numpy().sum(axis=1))
     off = torch.nonzero(times != 1)[:, 0]
     words = (
         "yes" if not len(off) else f"no: feature {int(off[0])} fires {int(times[off[0]])} latents alone, and {len(off) - 1} more are off"
     )
-    largest = int(sets.sum(dim=1).max())
+    largest = int(facts.sizes.max())
     unit = facts.W_r / facts.W_r.norm(dim=1, keepdim=True)
     closest = float((unit @ unit.T).fill_diagonal_(-1).max())
     return [
@@ -216,7 +218,7 @@ def _is_one(facts: Facts, point: Point, name: str, numbers: dict) -> Found:
         "relative gradients of both blocks = 0, L~ > 0",
         left,
         facts.tolerance,
-        Witness(name, (), tuple(torch.nonzero(facts.pattern.sum(dim=0) > 1)[:20, 0].tolist())),
+        Witness(name, (), tuple(torch.nonzero(facts.sizes > 1)[:20, 0].tolist())),
         numbers | {"the partial minimum is": name, "L~": point.loss},
     )
 

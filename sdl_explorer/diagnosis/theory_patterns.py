@@ -30,8 +30,9 @@ def check_absorbable(facts: Facts) -> TheoryCard:
     are from linear programmes (`realise`), for the parents with the smallest sets; under Top-k these hold the competition too.
     """
     sets, sigma = facts.pattern.T.numpy(), facts.model.sigma
-    parents = np.flatnonzero(sets.sum(axis=1) > 1)
-    parents = parents[np.argsort(sets[parents].sum(axis=1), kind="stable")]
+    sizes = facts.sizes.numpy()
+    parents = np.flatnonzero(sizes > 1)
+    parents = parents[np.argsort(sizes[parents], kind="stable")]
     pointwise = isinstance(sigma, Rectified | JumpRectified | BatchTopKSelection)
     largest, _ = facts.overlap
     rule = "yes" if pointwise else "no, latents compete" if isinstance(sigma, TopKSelection) else "no"
@@ -103,7 +104,7 @@ def _candidates(facts: Facts, sets: np.ndarray, latent: int, threshold: float):
     if facts.W_p.numel() > PROGRAMME:
         return
     own = np.flatnonzero(sets[latent])
-    for child in own[np.argsort(facts.z[own, latent].numpy(), kind="stable")].tolist():
+    for child in own[np.argsort(facts.model.alone(facts.W_p[own])[:, latent].numpy(), kind="stable")].tolist():
         yield child, realise(absorbed(sets[[latent]], 0, child), facts.W_p, threshold=max(threshold, 0.0))
 
 
