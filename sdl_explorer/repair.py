@@ -22,6 +22,7 @@ from sdl_explorer.training.run import Run
 
 LEVEL = 0.05  # of all tries together
 SINGLE = ("resample", "realign")  # what changes each latent on its own, so that some can be left out
+KEEPING = ("run", "auto", "manual")  # kinds of commits that keep a state and change nothing
 
 
 @dataclass(frozen=True, repr=False)
@@ -81,8 +82,11 @@ class Repair:
         return applied
 
     def fits(self, session) -> bool:
-        """Is the session as it was when it was judged?"""
-        return (session.step, session.head.id) == (self.step, self.head)
+        """Is the session as it was when it was judged? Commits since then may have kept that state, and changed nothing."""
+        commits, at = {commit.id: commit for commit in session.commits}, session.head
+        while at.id != self.head and at.kind in KEEPING and at.step == self.step and at.parent in commits:
+            at = commits[at.parent]
+        return (session.step, at.id) == (self.step, self.head)
 
     @property
     def python(self) -> str:

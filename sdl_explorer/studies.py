@@ -93,8 +93,10 @@ class Studies(Running):
         with self._job("trial") as tell:
             tell(0.0)
             arms = self._run, self._settings(), intervention, candidates, steps, seed
-            self.last_trial = conduct(*arms, rows, anchors, self._call, self._drain, self._stop.is_set, tell)
-        return self.last_trial
+            found = conduct(*arms, rows, anchors, self._call, self._drain, self._stop.is_set, tell)
+            found.table()  # permutations take a while, and are kept
+            self.last_trial = found
+        return found
 
     def repair(
         self,
@@ -183,7 +185,10 @@ class Studies(Running):
 
             tell(0.0)
             twins = self.find(find_twins, n=n, progress=pulse, **settings)
-        self.last_compared = Compared(name, step, twins, python if by == "auto" else f"{python}, by={by!r}")
+        asked = {"by": (by, "auto"), "tau": (tau, 0.7), "n": (n, JUDGE_ROWS)}
+        python += "".join(f", {setting}={value!r}" for setting, (value, usual) in asked.items() if value != usual)
+        python += "" if other_activations is None else ", other_activations=other_activations"
+        self.last_compared = Compared(name, step, twins, python)
         return self.last_compared
 
     def label(self, about, says: str, note: str = "") -> Label:

@@ -218,3 +218,18 @@ def test_a_refused_trial_is_said(open_on):
     form.which.value = "Resample"
     press(form._run)
     assert "at most 'many' latents" in explorer.desk.message and explorer.session.last_trial is None and not form.run.disabled
+
+
+def test_a_commit_that_keeps_the_state_leaves_a_repair_as_it_is():
+    with Session(SOURCE, TopK(k=3), dictionary=merged(), batch_size=32, dead_after=500) as session:
+        session.train(3)  # no commit holds what is judged
+        found = session.repair(TRY, n_steps=STEPS, apply=False, n=400)
+        assert found.fits(session)
+        session.commit("kept by hand")
+        assert found.fits(session)
+        session.resample([0])
+        assert session.step == found.step and not found.fits(session)
+        session.revert(session.commits[1])
+        assert found.fits(session)
+        session.train(1)
+        assert not found.fits(session)

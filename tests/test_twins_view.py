@@ -119,7 +119,7 @@ def test_a_commit_a_folder_a_session_and_a_dictionary(session, tmp_path):
     assert (
         found.twins.here.kinds == session.find(find_twins, other=session._run.store.load_dictionary(session.commits[0]), n=500).here.kinds
     )
-    assert eval(found.python) == start
+    assert found.python == f"{start!r}, n=500"
     session.dictionary.save(tmp_path / "sae")
     own = {"shared": 16, "silent": 0} | {"split": 0, "part": 0, "novel": 0}
     with session.branch() as twin:
@@ -131,7 +131,7 @@ def test_a_commit_a_folder_a_session_and_a_dictionary(session, tmp_path):
             found = session.compare_with(other, n=500)
             silent = found.twins.here.kinds["silent"]
             assert found.twins.here.kinds == own | {"shared": 16 - silent, "silent": silent} and found.name.startswith(name)
-    assert session.compare_with(start, n=500, by="activations").python == f"{start!r}, by='activations'"
+    assert session.compare_with(start, n=500, by="activations").python == f"{start!r}, by='activations', n=500"
 
 
 @pytest.mark.parametrize(
@@ -180,7 +180,7 @@ def test_the_card_offers_compares_and_selects(session):
     assert list(card.other.options.values()) == [*(c.id for c in reversed(session.commits)), FILE]
     found = explorer.compare_with(card.other.value, n=500)
     assert card.reading.text == shared_latents.reading(found, explorer.look())
-    assert card.python() == f"explorer.compare_with({session.commits[0].id!r})"
+    assert card.python() == f"explorer.compare_with({session.commits[0].id!r}, n=500)"
     frame.page.get_root()
     (source,) = card._link._sources.values()
     source.selected.indices = [3, 5]

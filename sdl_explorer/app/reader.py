@@ -326,7 +326,7 @@ class Reader:
         return failure(error)
 
     def python(self, view) -> str:
-        """Lines that give a card's table in a fresh cell."""
+        """Lines that give a card's numbers in a cell that has the session."""
         if Control in view.of:
             return f"explorer.scoreboard(before={(self.compared() or ('', ''))[0]!r}, controls=5)"
         if Compared in view.of:

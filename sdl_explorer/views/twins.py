@@ -82,8 +82,9 @@ def _(compared, look):
         rows.append((i, TWINS[kind].word, names, here.similarity[i], here.joint[i], here.firing_rate[i], rate_there))
     for j in there.of("novel"):
         nearest = int(there.best[j])
-        own = here.firing_rate[nearest] if nearest >= 0 else 0.0
-        rows.append((max(nearest, 0), TWINS[ONLY_THERE].word, str(j), there.similarity[j], there.joint[j], own, rate[j]))
+        if nearest >= 0:  # none, where every latent here is silent
+            own = here.firing_rate[nearest]
+            rows.append((nearest, TWINS[ONLY_THERE].word, str(j), there.similarity[j], there.joint[j], own, rate[j]))
     return pd.DataFrame(rows, columns=COLUMNS)
 
 

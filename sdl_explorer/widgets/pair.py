@@ -45,7 +45,7 @@ class PairForm(pn.viewable.Viewer):
         says = label.says if label else ""
         for one, own in ((self.confirm, CONFIRMED), (self.reject, REJECTED), (self.back, "")):
             one.disabled = edge is None or not session.writable or says == own
-        inputs = self.host.sample.kind == "sae"
+        inputs = self.host.sample.targets is self.host.sample.inputs
         self.realise.disabled = edge is None or not inputs
         self.found.text = self._result(edge) if inputs else NO_INPUTS
 
@@ -59,9 +59,11 @@ class PairForm(pn.viewable.Viewer):
     def _result(self, edge: Candidate | None) -> str:
         if edge is None or self._tested is None or self._tested[0] != (edge.parent, edge.child):
             return ""
-        _, step, words = self._tested
+        _, (step, commit), words = self._tested
         now = self.host.snapshot.step
-        return words if step == now else f"{words} Computed at step {count(step)}; the model is at step {count(now)} now."
+        if step != now:
+            return f"{words} Computed at step {count(step)}; the model is at step {count(now)} now."
+        return words if commit == self.host.session.head.id else f"{words} Computed before the last commit."
 
     async def _label(self, says: str, event=None) -> None:
         edge = self.edge()
@@ -74,5 +76,6 @@ class PairForm(pn.viewable.Viewer):
             await self.host.do(self._test, edge.parent, edge.child)
 
     def _test(self, parent: int, child: int) -> None:
-        step = self.host.session.step
-        self._tested = ((parent, child), step, f"{realise_pair(self.host.session.dictionary, parent, child)}")
+        session = self.host.session
+        place = session.step, session.head.id
+        self._tested = ((parent, child), place, f"{realise_pair(session.dictionary, parent, child)}")

@@ -47,7 +47,7 @@ class RepairForm(pn.viewable.Viewer):
         host, snapshot = self.host, self.host.snapshot
         mine, found = self.job.refresh(), host.session.last_repair
         busy = snapshot.job is not None or snapshot.running
-        cost, budget = 3 * RUNS * (self.steps.value or 0), self._budget()
+        cost, budget = 3 * RUNS * max(self.steps.value or 0, 0), self._budget()
         tries = budget // cost if cost else 0
         holds = f"the budget holds {plural(tries, 'try', 'tries')}."
         self.cost.text = f"A try takes {RUNS} pairs of three runs, {count(cost)} steps; {holds}"
@@ -79,7 +79,7 @@ class RepairForm(pn.viewable.Viewer):
 
     def _budget(self) -> int:
         """A typed number may be out of bounds."""
-        return min(self.budget.value or 0, self.budget.end)
+        return min(max(self.budget.value or 0, 0), self.budget.end)
 
     async def _run(self, event=None) -> None:
         budget, steps = self._budget(), self.steps.value

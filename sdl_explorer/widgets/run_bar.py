@@ -75,7 +75,7 @@ class RunBar(pn.viewable.Viewer):
         if snapshot.running:
             label = "Stopping…" if snapshot.stopping else "■ Stop"
         self.play.label = label
-        blocked = not session.writable
+        blocked = not session.writable or (snapshot.job is not None and not snapshot.running)  # one Stop serves training and jobs
         for one in (self.restart, self.one, self.train):
             one.disabled = blocked or snapshot.running
         self.play.disabled = blocked or label == "Stopping…"

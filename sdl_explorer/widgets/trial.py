@@ -15,6 +15,7 @@ from sdl_explorer.widgets.kit import Text, button, sheet
 TOGETHER = ("Release", "Split", "Unabsorb")  # one latent is not one unit there
 ALL = "all latents"
 ABOUT = "The settings are those of its form above. All happens in a copy: the model stays as it is."
+PAUSE = "Pause training first: a trial is judged on the model as it is."
 STARTING = "Measuring all latents before anything changes…"
 MOST = 3_000  # permutations take time and memory for each of them
 FEWEST = LEAST * len(ARMS)
@@ -61,11 +62,13 @@ class TrialForm(pn.viewable.Viewer):
 
     def refresh(self) -> None:
         mine, job, n = self.job.refresh(), self.host.snapshot.job, len(self.chosen())
-        self.run.disabled = self._starting or job is not None or n < FEWEST
+        self.run.disabled = self._starting or job is not None or self.host.snapshot.running or n < FEWEST
         if mine:
             self.said.text = f"Trial: {job.done:.0%}. The model stays as it is."
         elif self._starting:
             self.said.text = STARTING
+        elif self.host.snapshot.running:
+            self.said.text = PAUSE
         elif self.candidates.value == SELECTED and not n:
             self.said.text = NONE_SELECTED
         elif n < FEWEST:
@@ -79,13 +82,13 @@ class TrialForm(pn.viewable.Viewer):
 
     async def _run(self, event=None) -> None:
         host, form, candidates = self.host, self.forms[self.which.value], [int(i) for i in self.chosen()]
-        steps, seed = min(self.steps.value or 1, self.steps.end), self.seed.value or 0
+        steps, seed = min(max(self.steps.value or 1, 1), self.steps.end), max(self.seed.value or 0, 0)  # typed numbers may be out of bounds
         if len(candidates) > MOST:
             candidates = sorted(np.random.default_rng(seed).choice(candidates, MOST, replace=False).tolist())
 
         def job() -> None:
             settings = {name: value for name, value in form.settings().items() if name != "latents"}
-            host.session.trial(form.makes(**settings), candidates, steps, seed=seed).table()  # permutations take a while, and are kept
+            host.session.trial(form.makes(**settings), candidates, steps, seed=seed)
 
         self._starting = True
         self.refresh()

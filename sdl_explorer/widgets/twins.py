@@ -9,6 +9,7 @@ from sdl_explorer.diagnosis.twins import BY
 from sdl_explorer.views.history import sentence
 from sdl_explorer.views.view import find_view
 from sdl_explorer.widgets.card import Card
+from sdl_explorer.widgets.job import JobLine
 from sdl_explorer.widgets.kit import Text, button
 
 MEASURES = dict(zip(("by what fits", "by decoder cosine", "by correlation of activations"), BY, strict=True))
@@ -25,25 +26,19 @@ class TwinCard(Card):
         self.path = pmui.TextInput(label="Run folder or checkpoint", width=300, visible=False, **look, css_classes=["sdlx-twin-path"])
         self.by = pmui.Select(label="Measure", options=MEASURES, width=230, **look, css_classes=["sdlx-twin-by"])
         self.run = button("Compare latents", "twin-run", self._run)
-        self.cancel = button("Stop", "twin-stop", lambda event: host.session.stop(wait=False), visible=False)
+        self.job = JobLine(host, "comparison")
         self.said = Text("", role="status", tone="quiet", css_classes=["sdlx-twin-said"])
-        self.progress = pmui.LinearProgress(
-            value=0, variant="determinate", sizing_mode="stretch_width", visible=False, margin=(2, 10), css_classes=["sdlx-job"]
-        )
         self.other.param.watch(lambda event: setattr(self.path, "visible", event.new == FILE), "value")
-        form = pn.FlexBox(self.other, self.path, self.by, self.run, self.cancel, align_items="center", margin=0)
+        form = pn.FlexBox(self.other, self.path, self.by, self.run, self.job.cancel, align_items="center", margin=0)
         self._view.insert(1, form)
         self._view.insert(2, self.said)
-        self._view.insert(3, self.progress)
+        self._view.insert(3, self.job.progress)
         self._offered: dict[str, str] = {}
         self._offer()
 
     def refresh(self) -> None:
         self._offer()
-        job = self.host.snapshot.job
-        mine = job is not None and job.name == "comparison"
-        self.progress.visible = self.cancel.visible = mine
-        self.progress.value = int(100 * job.done) if mine else 0
+        mine, job = self.job.refresh(), self.host.snapshot.job
         self.said.text = f"Comparing: {job.done:.0%}" if mine else "Stop training first." if self.host.snapshot.running else ""
         self.run.disabled = job is not None or self.host.snapshot.running
         super().refresh()
