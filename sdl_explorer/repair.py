@@ -46,6 +46,7 @@ class Repair:
 
     tried    every verdict that was looked at, in order;   n_verdicts  how many there were;   n_tries   how many the level is shared by
     step, head    of the session that was judged, and its commit;   applied  the commits of what was kept
+    n, given  judge rows;   whether the verdicts were given, and not those of `explain`
     """
 
     tried: tuple[Tried, ...]
@@ -57,6 +58,8 @@ class Repair:
     stopped: bool = False
     applied: tuple[Commit, ...] = ()
     head: str = ""
+    n: int = 0
+    given: bool = False
 
     def __repr__(self) -> str:
         return f"Repair({self.reading})"
@@ -91,8 +94,9 @@ class Repair:
     @property
     def python(self) -> str:
         """The call that tries the same again, and applies nothing."""
+        given = ", verdicts=verdicts" if self.given else ""
         budget = self.n_tries * self.n_steps * self.runs * len(ARMS)
-        return f"session.repair({budget}, n_steps={self.n_steps}, runs={self.runs}, apply=False)"
+        return f"session.repair({budget}, n_steps={self.n_steps}, runs={self.runs}, n={self.n}{given}, apply=False)"
 
     @property
     def reading(self) -> str:

@@ -8,7 +8,6 @@ from concurrent.futures import Future
 from concurrent.futures import TimeoutError as StillRunning
 from contextlib import contextmanager
 from dataclasses import replace
-from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from sdl_explorer.diagnosis.preflight import Preflight
 from sdl_explorer.diagnosis.theory_seeds import Seeds
 from sdl_explorer.labels import LabelStore
 from sdl_explorer.models.dictionary import SparseDictionary
-from sdl_explorer.settings import Settings
+from sdl_explorer.settings import Settings, count
 from sdl_explorer.training.commits import Commit
 from sdl_explorer.training.folder import RunLock, read_json, write_json
 from sdl_explorer.training.history import History
@@ -347,9 +346,3 @@ class Running(Settings):
                 f"{verb}: this session follows {self.folder}, which {self.writer} writes. Close it, go on in memory with branch(), or, "
                 "if its host is gone, Session.open(..., take_over=True)."
             )
-
-
-def count(what: str, value) -> int:
-    if isinstance(value, bool) or not isinstance(value, Real) or value % 1 != 0 or value < 1:
-        raise ValueError(f"{what} is {value!r}; give a whole number, at least 1.")
-    return int(value)

@@ -111,3 +111,10 @@ def check_widths(dictionary: SparseDictionary, source: Source) -> None:
             f"Session: the dictionary has widths ({dictionary.d_in}, {dictionary.d_out}) and the data ({source.width_in}, "
             f"{source.width_out}); open it on activations of the place it was trained on."
         )
+
+
+def count(what: str, value) -> int:
+    """A whole number, at least 1."""
+    if isinstance(value, bool) or not isinstance(value, Real) or value % 1 != 0 or value < 1:
+        raise ValueError(f"{what} is {value!r}; give a whole number, at least 1.")
+    return int(value)

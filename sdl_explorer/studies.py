@@ -17,7 +17,8 @@ from sdl_explorer.diagnosis.twins import find_twins
 from sdl_explorer.diagnosis.verdict import Verdict
 from sdl_explorer.labels import Label
 from sdl_explorer.repair import Bench, Repair, try_repairs
-from sdl_explorer.running import Running, count
+from sdl_explorer.running import Running
+from sdl_explorer.settings import count
 from sdl_explorer.survey import Survey, codes_of, take_survey
 from sdl_explorer.training.interventions import Intervention, named_latents
 from sdl_explorer.training.run import method_of
@@ -122,13 +123,14 @@ class Studies(Running):
                     "repair: the session is training, so that it will have moved on by the end; stop() it first, or set apply=False."
                 )
         rows = self._judge_rows(n).to(self.device)
+        given = verdicts is not None
         verdicts = self.find(explain, n=n) if verdicts is None else verdicts
         anchors, head = self.anchors if rows.truth is None else None, self.head.id
         with self._job("repair") as tell, self.branch() as twin:
             tell(0.0)
             twin._call(lambda: twin._run.take_settings(self._settings()))
             bench = Bench(twin._run, rows, anchors, twin._call, self._drain, self._stop.is_set, tell)
-            self.last_repair = replace(try_repairs(bench, verdicts, budget, n_steps, runs), head=head)
+            self.last_repair = replace(try_repairs(bench, verdicts, budget, n_steps, runs), head=head, n=rows.n, given=given)
         if apply and not self.last_repair.stopped:
             self.last_repair.apply(self)
         return self.last_repair

@@ -259,7 +259,7 @@ def conduct(
     named = "encoder_cosine" if plan.W_dec is None and plan.W_enc is not None else "decoder_cosine"  # the side that it changes
     primary = named if named in after else "contribution"
     spill = spilled(start, plan, arm, after[primary] - before[primary], seed)
-    python = f"session.trial({_call(intervention)}, {plan.latents.tolist()}, {n_steps}, seed={seed})"
+    python = f"session.trial({_call(intervention)}, {plan.latents.tolist()}, {n_steps}, seed={seed}, n={rows.n})"
     return Trial(plan.intervention, n_steps, plan.latents.cpu().numpy(), arm, before, after, primary, spill, seed, step, python)
 
 

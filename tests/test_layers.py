@@ -26,7 +26,7 @@ LAYERS = {
     "settings": ENGINE | {"archive"},
     "survey": ENGINE,
     "running": ENGINE | {"labels", "settings"},
-    "studies": ENGINE | {"archive", "comparison", "control", "labels", "repair", "running", "survey", "trial"},
+    "studies": ENGINE | {"archive", "comparison", "control", "labels", "repair", "running", "settings", "survey", "trial"},
     "session": ENGINE | {"archive", "labels", "running", "settings", "studies"},
     "state": ENGINE | {"session"},
     "views": {"diagnosis", "labels", "repair", "trial", *RECORDS},

@@ -116,7 +116,7 @@ def test_what_passed_waits_for_apply(open_on):
     )
     assert form.apply.visible and not form.apply.disabled and not form.run.disabled and not form.job.cancel.visible
     assert "\nKept: 4 latents stand for two features or more" in card.reading.text and "computed at step 3" in card.stamp.text
-    python = "explorer.session.repair(75, n_steps=5, runs=5, apply=False).table()"
+    python = "explorer.session.repair(75, n_steps=5, runs=5, n=10000, apply=False).table()"
     assert card.python() == python
     table = card.view.table(*card._kept.values, desk.look())
     (kept,) = table[table["kept"]].to_dict("records")
@@ -198,7 +198,7 @@ def test_a_trial_says_what_pruning_does(open_on):
     table = card.view.table(*card._kept.values, desk.look()).set_index("outcome")
     assert table.index[0] == found.primary.replace("_", " ") and table["treated"].tolist() == [3] * 4
     assert table.loc["firing rate", "vs nothing"] == pytest.approx(found.effect("firing_rate", "nothing").mean)
-    assert card.python().endswith("explorer.session.trial(Prune(), [0, 1, 2, 3, 4, 5, 6], 1, seed=0).table()")
+    assert card.python().endswith("explorer.session.trial(Prune(), [0, 1, 2, 3, 4, 5, 6], 1, seed=0, n=10000).table()")
     assert not form.run.disabled
 
 

@@ -5,6 +5,7 @@ import html
 import numpy as np
 import pandas as pd
 
+from sdl_explorer.app.copied import lines_of
 from sdl_explorer.app.facts import Gathered, describe_data, describe_model, failure, feature_lines, latent_lines, latent_table
 from sdl_explorer.app.findings import Findings
 from sdl_explorer.data.activations import Activations
@@ -327,20 +328,7 @@ class Reader:
 
     def python(self, view) -> str:
         """Lines that give a card's numbers in a cell that has the session."""
-        if Control in view.of:
-            return f"explorer.scoreboard(before={(self.compared() or ('', ''))[0]!r}, controls=5)"
-        if Compared in view.of:
-            last = self.session.last_compared
-            return f"explorer.compare_with({repr(self.session.commits[0].id) if last is None else last.python})"
-        if Repair in view.of or Trial in view.of:
-            last = self.session.last_repair if Repair in view.of else self.session.last_trial
-            return "explorer.log" if last is None else f"explorer.{last.python}.table()"
-        findings = [one.__name__ for one in view.of if hasattr(one, "accumulator") and self.knows(one)]
-        chosen = [(one, getattr(self.look(), one.field)) for one in view.of if isinstance(one, Chosen) and self.knows(one.finding)]
-        lines = [f"explorer.session.revert({self.session.head.id!r})"]
-        lines += [f"explorer.session.find([{', '.join(findings)}])"] if findings else ["explorer.log"]
-        lines += [f"explorer.session.find({one.finding.__name__}, {one.setting}={value!r})" for one, value in chosen if value]
-        return "\n".join(lines)
+        return lines_of(self, view)
 
     # anchors -------------------------------------------------------------------------------------------------------
 

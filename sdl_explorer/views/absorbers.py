@@ -6,8 +6,8 @@ import pandas as pd
 
 from sdl_explorer.diagnosis.absorption import Absorption, find_absorption
 from sdl_explorer.diagnosis.edges import Absorber, Edge
-from sdl_explorer.views.absorption import MAX_EDGES, chosen, edge_name, kinds_title, nothing, unfaded, worst_first
-from sdl_explorer.views.frame import TYPE, bars, frame, limits, row_ticks
+from sdl_explorer.views.absorption import MAX_EDGES, chosen, edge_name, kinds_title, nothing, worst_first
+from sdl_explorer.views.frame import TYPE, bars, frame, limits, row_ticks, same_when_selected
 from sdl_explorer.views.theme import EDGE, EDGES, STATUSES, TEXT
 from sdl_explorer.views.view import view
 from sdl_explorer.views.words import NO_ABSORBERS
@@ -101,7 +101,7 @@ def causal_check(absorption, look):
     ):
         data = {"written": values, "row": place, "latent": [a.latent for _, a in takers]}
         points = hv.Points(data, ["written", "row"], "latent", label=label)
-        style = {"angle": 90} if marker == "dash" else {"tools": ["hover", "tap"], "hooks": [unfaded]}
+        style = {"angle": 90} if marker == "dash" else {"tools": ["hover", "tap"], "hooks": [same_when_selected]}
         layers.append(points.opts(color=TEXT[theme], marker=marker, size=11, fill_alpha=fill, line_width=2, **style))
     return frame(
         hv.Overlay(layers),

@@ -8,7 +8,7 @@ import pandas as pd
 
 from sdl_explorer.diagnosis.absorption import Absorption, find_absorption
 from sdl_explorer.diagnosis.edges import KINDS, Edge
-from sdl_explorer.views.frame import TYPE, empty_table, frame, row_ticks, sample
+from sdl_explorer.views.frame import TYPE, empty_table, frame, row_ticks, same_when_selected, sample
 from sdl_explorer.views.look import Look
 from sdl_explorer.views.theme import EDGE, EDGES, TEXT
 from sdl_explorer.views.view import view
@@ -52,7 +52,7 @@ def holes(absorption, look):
     marks = hv.Points(table, ["recall", "row"], ["feature", "child", "kind", "latent_id", "marker", "colour", "fill"])
     tips = [("child", "@child"), ("kind", "@kind"), ("recall of the parent's latent", "@recall{0.00}"), ("parent's latent", "@latent_id")]
     style = {"marker": "marker", "color": "colour", "fill_alpha": "fill", "size": 12, "line_width": 1.5}
-    layers.append(marks.opts(**style, tools=["hover", "tap"], hooks=[unfaded], hover_tooltips=tips))
+    layers.append(marks.opts(**style, tools=["hover", "tap"], hooks=[same_when_selected], hover_tooltips=tips))
     layers += _ring(table, look)
     layers += [*_names(rows, absorption, theme), *_legend(absorption, theme)]
     return frame(
@@ -113,7 +113,9 @@ def recalls(absorption, look):
         fill = 1.0 if with_child else 0.0
         layers += [
             spans.opts(color=colour, line_width=2),
-            points.opts(color=colour, marker="circle", size=10, fill_alpha=fill, line_width=2, tools=["hover", "tap"], hooks=[unfaded]),
+            points.opts(
+                color=colour, marker="circle", size=10, fill_alpha=fill, line_width=2, tools=["hover", "tap"], hooks=[same_when_selected]
+            ),
         ]
     return frame(
         hv.Overlay(layers),
@@ -204,11 +206,6 @@ def edge_table(absorption: Absorption) -> pd.DataFrame:
         for e in worst_first(absorption.edges)
     ]
     return pd.DataFrame(rows, columns=COLUMNS)
-
-
-def unfaded(plot, element) -> None:
-    """A hook: marks look the same whether selected or not; Bokeh would fade a hollow one away."""
-    plot.handles["glyph_renderer"].update(selection_glyph=None, nonselection_glyph=None, muted_glyph=None)
 
 
 def nothing(absorption: Absorption | None) -> str | None:

@@ -6,7 +6,8 @@ import pandas as pd
 
 from sdl_explorer.diagnosis.alignment import SIDES, Alignment, align
 from sdl_explorer.diagnosis.health import Health, check_health
-from sdl_explorer.views.frame import BRUSH, MAX_POINTS, colorbar_style, empty_table, finite, frame, sample
+from sdl_explorer.views.frame import MAX_POINTS, colorbar_style, empty_table, finite, frame, sample
+from sdl_explorer.views.latent_points import token_marks
 from sdl_explorer.views.look import Look
 from sdl_explorer.views.theme import DASHES, EDGE, LINES, MUTED, SEQUENTIAL, STATUSES, TEXT, classify
 from sdl_explorer.views.view import Before, view
@@ -135,38 +136,13 @@ def _marks(drawn: pd.DataFrame, look: Look) -> hv.Points:
     """One glyph with a marker, a colour and a size per point; hollow where the encoder's own best feature differs."""
     rate = np.sqrt(np.nan_to_num(drawn["firing_rate"].to_numpy(dtype=float)))
     hollow = drawn["hollow"].to_numpy() | drawn["status"].map(lambda s: STATUSES[s].hollow).to_numpy(dtype=bool)
-    style = {
-        "marker": [STATUSES[s].marker for s in drawn["status"]],
-        "size": 7 + 11 * rate / max(rate.max(initial=0.0), 1e-9),
-        "fill": np.where(hollow, 0.0, 0.75),
-        "word": [STATUSES[s].word for s in drawn["status"]],
-    }
-    points = hv.Points(drawn.assign(**style), ["x", "y"], [*POINTS[2:], *style])
-    return points.opts(
-        color="status",
-        cmap={name: t.colour(look.theme) for name, t in STATUSES.items()},
-        marker="marker",
-        size="size",
-        fill_alpha="fill",
-        line_width=1.5,
-        tools=["hover", *BRUSH],
-        show_legend=False,
-        colorbar=False,
-        hooks=[same_when_selected],
-        hover_tooltips=[
-            ("latent", "@latent"),
-            ("status", "@word"),
-            ("decoder", "@x{0.000}"),
-            ("encoder", "@y{0.000}"),
-            ("feature", "@feature"),
-            ("firing rate", "@firing_rate{0.0000}"),
-        ],
-    )
-
-
-def same_when_selected(plot, element) -> None:
-    """Rings mark the selection; Bokeh's own fading would hide what is hollow."""
-    plot.handles["glyph_renderer"].update(selection_glyph=None, nonselection_glyph=None, muted_glyph=None)
+    tips = [
+        ("decoder", "@x{0.000}"),
+        ("encoder", "@y{0.000}"),
+        ("feature", "@feature"),
+        ("firing rate", "@firing_rate{0.0000}"),
+    ]
+    return token_marks(drawn, STATUSES, look.theme, tips, size=7 + 11 * rate / max(rate.max(initial=0.0), 1e-9), hollow=hollow)
 
 
 def count_image(points: pd.DataFrame, xlim, ylim, theme: str) -> hv.Image:

@@ -7,8 +7,7 @@ import pandas as pd
 from sdl_explorer.diagnosis.candidates import Candidate, Suspects, suspect_absorption
 from sdl_explorer.diagnosis.candidates_pairs import Contained
 from sdl_explorer.labels import Labels
-from sdl_explorer.views.absorption import unfaded
-from sdl_explorer.views.frame import TYPE, empty_table, frame, limits, sample
+from sdl_explorer.views.frame import TYPE, empty_table, frame, limits, same_when_selected, sample
 from sdl_explorer.views.look import Look
 from sdl_explorer.views.theme import EDGE, EDGES, MUTED, TEXT
 from sdl_explorer.views.view import view
@@ -67,7 +66,7 @@ def candidate_forest(found, labels, look):
     tips = [("latent", "@latent"), ("", "@says")]
     style = {"marker": "marker", "color": "colour", "fill_alpha": "fill", "size": 11, "line_width": 1.5}
     marks = hv.Points(nodes, ["x", "row"], ["latent", "says", "marker", "colour", "fill"])
-    layers: list = [marks.opts(**style, tools=["hover", "tap"], hooks=[unfaded], hover_tooltips=tips)]
+    layers: list = [marks.opts(**style, tools=["hover", "tap"], hooks=[same_when_selected], hover_tooltips=tips)]
     for grey, dash, colour in ((False, "dashed", EDGES["partly absorbed"].colour(theme)), (True, "solid", EDGE[theme])):
         lines = [_elbow(rows, k) for k, row in enumerate(rows) if row.depth and row.grey == grey]
         layers.append(hv.Path(lines, ["x", "row"]).opts(color=colour, line_dash=dash, line_width=1.5))

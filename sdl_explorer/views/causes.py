@@ -6,8 +6,7 @@ import pandas as pd
 
 from sdl_explorer.diagnosis.causes import Causes, trace_causes
 from sdl_explorer.diagnosis.health import check_health
-from sdl_explorer.views.alignment import same_when_selected
-from sdl_explorer.views.frame import frame, row_ticks
+from sdl_explorer.views.frame import frame, row_ticks, same_when_selected
 from sdl_explorer.views.theme import EDGE, EDGES, LINES, TEXT
 from sdl_explorer.views.view import Chosen, view
 from sdl_explorer.views.words import NO_SELECTION, NOT_COMPUTED, count, never_fired, plural

@@ -6,8 +6,7 @@ import pandas as pd
 
 from sdl_explorer.diagnosis.health import check_health
 from sdl_explorer.diagnosis.pairs import Pairs, count_pairs
-from sdl_explorer.views.alignment import same_when_selected
-from sdl_explorer.views.frame import colorbar_style, empty_table, frame
+from sdl_explorer.views.frame import colorbar_style, empty_table, frame, same_when_selected
 from sdl_explorer.views.theme import BACKGROUND, SEQUENTIAL
 from sdl_explorer.views.view import Chosen, view
 from sdl_explorer.views.words import NO_PAIRS, NOT_COMPUTED, count, plural

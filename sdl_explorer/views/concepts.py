@@ -9,8 +9,7 @@ import pandas as pd
 from sdl_explorer.diagnosis.concept_scores import LEAST_F1, ConceptAbsorption, ConceptScore
 from sdl_explorer.diagnosis.health import check_health
 from sdl_explorer.diagnosis.probes import score_absorption
-from sdl_explorer.views.absorption import unfaded
-from sdl_explorer.views.frame import TYPE, bars, empty_table, frame, row_ticks
+from sdl_explorer.views.frame import TYPE, bars, empty_table, frame, row_ticks, same_when_selected
 from sdl_explorer.views.theme import EDGES, TEXT
 from sdl_explorer.views.view import view
 from sdl_explorer.views.words import count, plural
@@ -45,7 +44,7 @@ def concepts(found, health, look):
     rows = pd.DataFrame({"concept": [one.path for one in shown], "fraction": [one.fraction for one in shown]})
     drawn = bars(rows, "fraction", [EDGES["partly absorbed"].colour(theme)] * len(shown), look).opts(fill_alpha=0.55)
     recall = hv.Points(([one.recall for one in shown], place), ["recall", "row"], label="recall of its main latents")
-    circles = recall.opts(color=TEXT[theme], fill_alpha=0, line_width=2, size=10, tools=["hover"], hooks=[unfaded])
+    circles = recall.opts(color=TEXT[theme], fill_alpha=0, line_width=2, size=10, tools=["hover"], hooks=[same_when_selected])
     left_out = (
         f"\n{count(len(shown))} of {plural(found.n_concepts, 'concept')} drawn; the table has all." if len(shown) < found.n_concepts else ""
     )
@@ -111,14 +110,14 @@ def children(found, look):
     )
     points = hv.Points(marks, ["fraction", "row"], ["latent", "child", "share", "example"])
     tips = [("child", "@child"), ("latent", "@latent"), ("its share", "@share{0.00}"), ("for example", "@example")]
-    points = points.opts(color=colour, marker="diamond", size=13, tools=["hover", "tap"], hooks=[unfaded], hover_tooltips=tips)
+    points = points.opts(color=colour, marker="diamond", size=13, tools=["hover", "tap"], hooks=[same_when_selected], hover_tooltips=tips)
     ring = marks[marks["latent"] == look.primary_latent]
     circles = hv.Points(([t.recall for t in below], place), ["recall", "row"])
     says = [(1.06, y, _says(t)) for t, y in taken]
     layers = [
         drawn,
         points,
-        circles.opts(color=TEXT[theme], fill_alpha=0, line_width=2, size=10, hooks=[unfaded]),
+        circles.opts(color=TEXT[theme], fill_alpha=0, line_width=2, size=10, hooks=[same_when_selected]),
         hv.Points(ring, ["fraction", "row"]).opts(color=TEXT[theme], fill_alpha=0, line_width=2, size=20),
         hv.Labels(says, ["x", "y"], "text").opts(text_color=TEXT[theme], text_align="left", **TYPE),
     ]

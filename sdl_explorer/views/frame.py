@@ -242,3 +242,8 @@ def _legend_style(theme: str) -> dict:
         "margin": 0,
         "spacing": 6,
     }
+
+
+def same_when_selected(plot, element) -> None:
+    """Rings mark the selection; Bokeh's own fading would hide what is hollow."""
+    plot.handles["glyph_renderer"].update(selection_glyph=None, nonselection_glyph=None, muted_glyph=None)

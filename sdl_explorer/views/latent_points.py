@@ -4,8 +4,7 @@ import holoviews as hv
 import numpy as np
 import pandas as pd
 
-from sdl_explorer.views.alignment import same_when_selected
-from sdl_explorer.views.frame import BRUSH, MAX_POINTS, sample
+from sdl_explorer.views.frame import BRUSH, MAX_POINTS, same_when_selected, sample
 from sdl_explorer.views.look import Look
 from sdl_explorer.views.theme import GRID, Token
 from sdl_explorer.views.words import PIXELS, count, plural
@@ -52,16 +51,30 @@ def pixels_said(points: pd.DataFrame, drawn: pd.DataFrame) -> str:
     return "" if len(drawn) == len(points) else f"\n{PIXELS} On top: {count(len(drawn))} of them as points."
 
 
-def token_marks(drawn: pd.DataFrame, tokens: Tokens, theme: str, tips: list[tuple[str, str]]) -> hv.Points:
-    """A point per row of `drawn` at (x, y), as its status has it; every column is in the data, and `tips` may name it."""
+def token_marks(
+    drawn: pd.DataFrame,
+    tokens: Tokens,
+    theme: str,
+    tips: list[tuple[str, str]],
+    size: np.ndarray | float = 9.0,
+    hollow: np.ndarray | None = None,
+) -> hv.Points:
+    """A point per row of `drawn` at (x, y), as its status has it (`hollow` where that is not enough); every column is in the data, and
+    `tips` may name it."""
     chosen = [tokens[s] for s in drawn["status"]]
-    style = {"marker": [t.marker for t in chosen], "fill": [0.0 if t.hollow else 0.75 for t in chosen], "word": [t.word for t in chosen]}
+    hollow = np.array([t.hollow for t in chosen], dtype=bool) if hollow is None else hollow
+    style = {
+        "marker": [t.marker for t in chosen],
+        "size": np.full(len(drawn), size),
+        "fill": np.where(hollow, 0.0, 0.75),
+        "word": [t.word for t in chosen],
+    }
     points = hv.Points(drawn.assign(**style), ["x", "y"], [*(c for c in drawn.columns if c not in ("x", "y")), *style])
     return points.opts(
         color="status",
         cmap={name: t.colour(theme) for name, t in tokens.items()},
         marker="marker",
-        size=9,
+        size="size",
         fill_alpha="fill",
         line_width=1.5,
         tools=["hover", *BRUSH],

@@ -10,8 +10,8 @@ from sdl_explorer.diagnosis.groups import Groups, trace_groups
 from sdl_explorer.diagnosis.health import Health, check_health
 from sdl_explorer.diagnosis.meanings import Polysemanticity, suspect_polysemantic
 from sdl_explorer.diagnosis.patterns import POLY, Patterns, trace_patterns
-from sdl_explorer.views.alignment import count_image, rings, same_when_selected
-from sdl_explorer.views.frame import MAX_POINTS, TYPE, drawable, empty_table, finite, frame, limits, row_ticks, sample
+from sdl_explorer.views.alignment import count_image, rings
+from sdl_explorer.views.frame import MAX_POINTS, TYPE, drawable, empty_table, finite, frame, limits, row_ticks, same_when_selected, sample
 from sdl_explorer.views.latent_points import RateAxis, drawn_rows, pixels_said, token_counts, token_legend, token_marks
 from sdl_explorer.views.look import Look
 from sdl_explorer.views.theme import EDGE, LINES, PATTERNS, TEXT
